@@ -1,0 +1,549 @@
+"""The Helios video DiT, its LoRA, and loading from an official checkpoint folder.
+
+Helios (arXiv 2603.04379; diffusers' `HeliosTransformer3DModel`) denoises a chunk of 9 latent frames while attending to
+history tokens: a short band at full detail and a mid and a long band that are patchified more coarsely. Warp-as-History
+adds no layer to it. It only decides which latents enter the short band, which time indices their rotary embedding gets,
+and which of their tokens are dropped (`Band`, `History`; the decisions are made in wah.py).
+
+`Helios.context` and `Helios.text` prepare all that does not depend on the noisy latents, once per pyramid stage and prompt;
+`Helios.forward` is then one denoising step. History and target tokens travel as two segments, since each has its own
+modulation (history is always "at t = 0"). Module names are the checkpoint's names, so no key map exists.
+Left out: options that no released recipe uses (key boosts, learned rotary offsets, a replacement for dropped tokens).
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class HeliosConfig:
+    """The keys of transformer/config.json that matter; the defaults are the released 14B model."""
+
+    num_attention_heads: int = 40
+    attention_head_dim: int = 128
+    num_layers: int = 40
+    ffn_dim: int = 13824
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256  # width of the timestep's sinusoid
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    rope_dim: tuple[int, int, int] = (44, 42, 42)  # shares of time, row and column in the head dimension
+    rope_theta: float = 10000.0
+    eps: float = 1e-6
+    cross_attn_norm: bool = True
+    qk_norm: str = "rms_norm_across_heads"
+    guidance_cross_attn: bool = True  # history tokens skip the text
+    zero_history_timestep: bool = True  # history tokens are modulated as clean (t = 0)
+    has_multi_term_memory_patch: bool = True
+    is_amplify_history: bool = False
+    history_scale_mode: str = "per_head"
+    added_kv_proj_dim: int | None = None
+
+    def __post_init__(self):
+        fixed = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "has_multi_term_memory_patch": True,
+                 "added_kv_proj_dim": None}
+        for key, value in fixed.items():
+            if getattr(self, key) != value:
+                raise ValueError(f"transformer config: {key} = {getattr(self, key)!r} is not supported, only {value!r}")
+        if sum(self.rope_dim) != self.attention_head_dim or any(width % 2 for width in self.rope_dim):
+            raise ValueError(f"transformer config: rope_dim {self.rope_dim} must be three even numbers"
+                             f" that sum to attention_head_dim {self.attention_head_dim}")
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+
+# ---------------------------------------------------------------------------------------------- history and positions
+
+
+@dataclass(frozen=True)
+class Band:
+    """History frames of one patch size, always at full latent resolution, also in the low pyramid stages."""
+
+    latents: Tensor  # [B, C, T, H, W]
+    indices: Tensor  # [T] integer time indices of the rotary embedding
+    visible: Tensor | None = None  # [1, 1, T, H, W] in 0..1; tokens below the threshold are dropped; None keeps all
+
+
+@dataclass(frozen=True)
+class History:
+    """All that a denoising call attends to besides the target and the text."""
+
+    short: Band | None = None
+    mid: Band | None = None  # mid and long need short: their rotary table is pooled from its token grid
+    long: Band | None = None
+    indices: Tensor | None = None  # [T] time indices of the target latents; None counts from 0
+    threshold: float = 0.5  # least visible share of a kept token
+
+
+@dataclass(frozen=True)
+class Context:
+    """A History made ready for a stage: embedded tokens and rotary factors of [history, target]."""
+
+    tokens: Tensor  # [B, N_history, D], in the order long, mid, short
+    rope: Tensor  # [N_history + N_target, 1, head_dim / 2] complex
+
+
+def pad_to_multiple(x: Tensor, kernel: tuple[int, int, int]) -> Tensor:
+    """Replicate the last frame, row and column of [B, C, T, H, W] until the sizes are multiples of `kernel`."""
+    t, h, w = (-size % k for size, k in zip(x.shape[-3:], kernel))
+    return F.pad(x, (0, w, 0, h, 0, t), mode="replicate") if t or h or w else x
+
+
+def pool(x: Tensor, kernel: tuple[int, int, int]) -> Tensor:
+    """Mean over blocks of `kernel` in [B, C, T, H, W], padded at the ends."""
+    return F.avg_pool3d(pad_to_multiple(x, kernel), kernel)
+
+
+def patches(x: Tensor, kernel: tuple[int, int, int]) -> Tensor:
+    """[B, C, T, H, W] -> [B, tokens, C * kernel], row-major; rows and columns that fill no patch are cut off."""
+    t, h, w = (size // k * k for size, k in zip(x.shape[-3:], kernel))
+    return rearrange(x[..., :t, :h, :w], "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)",
+                     pt=kernel[0], ph=kernel[1], pw=kernel[2])
+
+
+def embed(tokens: Tensor, conv: nn.Conv3d) -> Tensor:
+    """A convolution whose stride is its kernel, as the matrix product that it is: [B, N, C * kernel] -> [B, N, D]."""
+    return F.linear(tokens, conv.weight.flatten(1), conv.bias)
+
+
+def rope_table(indices: Tensor, height: int, width: int, config: HeliosConfig) -> Tensor:
+    """Unit rotations exp(i * angle) of a token grid in fp32: complex [T, height, width, head_dim / 2]."""
+    device = indices.device
+    grid = (len(indices), height, width)
+    positions = indices.float(), torch.arange(height, device=device).float(), torch.arange(width, device=device).float()
+    angles = []
+    for axis, (position, size) in enumerate(zip(positions, config.rope_dim)):
+        frequency = config.rope_theta ** (-torch.arange(0, size, 2, device=device).float() / size)
+        shape = [1, 1, 1, size // 2]
+        shape[axis] = grid[axis]
+        angles.append(torch.outer(position, frequency).view(shape).expand(*grid, -1))
+    angle = torch.cat(angles, dim=-1)
+    return torch.polar(torch.ones_like(angle), angle)
+
+
+def pooled_rope(table: Tensor, kernel: tuple[int, int, int]) -> Tensor:
+    """Kept for checkpoint compatibility: a coarse token's rotation is the mean of its cells' cosines and sines, which
+    is shorter than 1."""
+    parts = rearrange(torch.view_as_real(table), "t h w d two -> 1 (d two) t h w")
+    pooled = rearrange(pool(parts, kernel), "1 (d two) t h w -> t h w d two", two=2)
+    return torch.view_as_complex(pooled.contiguous())
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate neighbouring pairs of [B, N, heads, head_dim] by [N, 1, head_dim / 2] complex, in fp32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
+
+
+# --------------------------------------------------------------------------------------------------------- the layers
+
+
+class Linear(nn.Linear):
+    """A linear layer that can carry a low-rank update beside its weight, which itself is never touched.
+
+    The official code merges W + BA and unmerges it again in every chunk, so that its weights drift by rounding.
+    """
+
+    adapter: tuple[Tensor, Tensor, float] | None = None  # A [r, in], B [out, r], alpha / r
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        if self.adapter is None:
+            return y
+        down, up, scale = self.adapter
+        return y + (F.linear(F.linear(x.to(down.dtype), down), up) * scale).to(y.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: HeliosConfig, amplify: bool = False):
+        super().__init__()
+        dim = config.dim
+        self.heads = config.num_attention_heads
+        self.to_q, self.to_k, self.to_v = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
+        self.norm_q, self.norm_k = nn.RMSNorm(dim, config.eps), nn.RMSNorm(dim, config.eps)
+        if amplify:
+            self.history_key_scale = nn.Parameter(torch.empty(self.heads if config.history_scale_mode == "per_head" else 1))
+        self.amplify = amplify
+
+    def split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))  # [B, N, heads, head_dim]
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(self.norm_k(self.to_k(x))), self.split(self.to_v(x))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.to_out[0](out.transpose(1, 2).flatten(-2))
+
+    def over_tokens(self, history: Tensor, target: Tensor, rope: Tensor, targets_only: bool) -> Tensor:
+        """Joint self-attention of both segments, in both directions; results for the target alone if asked."""
+        x, count = torch.cat([history, target], dim=1), history.shape[1]
+        k, v = self.keys_values(x)
+        k = rotate(k, rope)
+        if self.amplify and count:
+            scale = 1 + 9 * self.history_key_scale.sigmoid()
+            k = torch.cat([(k[:, :count] * scale[:, None]).type_as(k), k[:, count:]], dim=1)
+        q = self.split(self.norm_q(self.to_q(target if targets_only else x)))
+        return self.attend(rotate(q, rope[count:] if targets_only else rope), k, v)
+
+    def over_text(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        return self.attend(self.split(self.norm_q(self.to_q(x))), *text)
+
+
+class GELU(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.proj = Linear(dim, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.net = nn.Sequential(GELU(dim, hidden), nn.Identity(), Linear(hidden, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without weights in fp32, then an affine map that is one for the whole segment ([B, 1, D])."""
+    return torch.addcmul(shift, F.layer_norm(x.float(), x.shape[-1:], eps=eps), 1 + scale).type_as(x)
+
+
+def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    return (x + update * gate).type_as(x)  # the gate is fp32, and so is the sum
+
+
+class Block(nn.Module):
+    def __init__(self, config: HeliosConfig):
+        super().__init__()
+        self.eps, self.text_for_history = config.eps, not config.guidance_cross_attn
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, config.dim))
+        self.attn1 = Attention(config, amplify=config.is_amplify_history)
+        self.attn2 = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, config.eps)
+        self.ffn = FeedForward(config.dim, config.ffn_dim)
+
+    def read_text(self, x: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
+        norm = F.layer_norm(x.float(), x.shape[-1:], self.norm2.weight, self.norm2.bias, self.eps)
+        return x + self.attn2.over_text(norm.type_as(x), text)
+
+    def feed(self, x: Tensor, shift: Tensor, scale: Tensor, gate: Tensor) -> Tensor:
+        return add_gated(x, self.ffn(modulate(x, shift, scale, self.eps)), gate)
+
+    def forward(self, history: Tensor, target: Tensor, history_time: Tensor, target_time: Tensor,
+                text: tuple[Tensor, Tensor], rope: Tensor, targets_only: bool) -> tuple[Tensor, Tensor]:
+        """history [B, N_h, D], target [B, N, D], *_time [B, 6, D] (see `Helios.time`); nothing reads the history after
+        the last block, so with `targets_only` it comes back as it was."""
+        shift1h, scale1h, gate1h, shift2h, scale2h, gate2h = (self.scale_shift_table + history_time).split(1, dim=1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table + target_time).split(1, dim=1)
+        update = self.attn1.over_tokens(modulate(history, shift1h, scale1h, self.eps),
+                                        modulate(target, shift1, scale1, self.eps), rope, targets_only)
+        target = add_gated(target, update[:, -target.shape[1]:], gate1)
+        target = self.feed(self.read_text(target, text), shift2, scale2, gate2)
+        if history.shape[1] and not targets_only:
+            history = add_gated(history, update[:, :history.shape[1]], gate1h)
+            if self.text_for_history:
+                history = self.read_text(history, text)
+            history = self.feed(history, shift2h, scale2h, gate2h)
+        return history, target
+
+
+class TwoLayers(nn.Module):
+    def __init__(self, width: int, dim: int):
+        super().__init__()
+        self.linear_1, self.linear_2 = nn.Linear(width, dim), nn.Linear(dim, dim)
+
+
+class ConditionEmbedder(nn.Module):
+    def __init__(self, config: HeliosConfig):
+        super().__init__()
+        self.time_embedder = TwoLayers(config.freq_dim, config.dim)
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = TwoLayers(config.text_dim, config.dim)
+
+
+class OutputNorm(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim))
+
+
+def sinusoid(timestep: Tensor, width: int) -> Tensor:
+    """[B] -> [B, width] in fp32, cosines first."""
+    half = width // 2
+    frequency = torch.exp(-math.log(10000) / half * torch.arange(half, device=timestep.device).float())
+    angle = timestep.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class Helios(nn.Module):
+    """The DiT. Parameters are named and shaped as in transformer/ of the released checkpoints."""
+
+    Config = HeliosConfig
+    fp32 = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")  # stay fp32 in a bf16 model
+    aliases = {"scale_shift_table": "norm_out.scale_shift_table"}  # name in files of the older training code
+
+    def __init__(self, config: HeliosConfig):
+        super().__init__()
+        self.config = config
+        time, height, width = config.patch_size
+
+        def patch(scale: int) -> nn.Conv3d:
+            kernel = (time * scale, height * scale, width * scale)
+            return nn.Conv3d(config.in_channels, config.dim, kernel, stride=kernel)
+
+        self.patch_embedding, self.patch_short, self.patch_mid, self.patch_long = patch(1), patch(1), patch(2), patch(4)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm_out = OutputNorm(config.dim)
+        self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.proj_out.weight.dtype
+
+    def band_tokens(self, band: Band, conv: nn.Conv3d, grid: tuple[int, int], scale: int, threshold: float):
+        """Embedded visible tokens [B, N, D] of a band and their rotations [N, head_dim / 2]; `grid` is the short band's."""
+        latents, rope = band.latents.to(self.dtype), rope_table(band.indices, *grid, self.config)
+        if scale > 1:
+            latents, rope = pad_to_multiple(latents, conv.kernel_size), pooled_rope(rope, (scale,) * 3)
+        tokens, rope = patches(latents, conv.kernel_size), rope.flatten(0, 2)
+        if band.visible is not None:
+            visible = pool(band.visible.float(), conv.kernel_size).flatten()
+            keep = (visible >= threshold).nonzero().flatten()
+            tokens, rope = tokens[:, keep], rope[keep]
+        return embed(tokens, conv), rope
+
+    def context(self, history: History, shape: tuple[int, int, int]) -> Context:
+        """History and target positions for target latents of `shape` (frames, height, width)."""
+        frames, height, width = (size // k for size, k in zip(shape, self.config.patch_size))
+        device = self.proj_out.weight.device
+        parts = []
+        if history.short is not None:
+            grid = tuple(size // k for size, k in zip(history.short.latents.shape[-2:], self.config.patch_size[1:]))
+            for band, conv, scale in ((history.long, self.patch_long, 4), (history.mid, self.patch_mid, 2),
+                                      (history.short, self.patch_short, 1)):
+                if band is not None:
+                    parts.append(self.band_tokens(band, conv, grid, scale, history.threshold))
+        elif history.mid is not None or history.long is not None:
+            raise ValueError("history: a mid or long band needs a short band")
+        indices = torch.arange(frames, device=device) if history.indices is None else history.indices
+        target = rope_table(indices, height, width, self.config).flatten(0, 2)
+        empty = torch.empty(1, 0, self.config.dim, device=device, dtype=self.dtype)
+        return Context(tokens=torch.cat([tokens for tokens, _ in parts], dim=1) if parts else empty,
+                       rope=torch.cat([rope for _, rope in parts] + [target])[:, None])
+
+    def text(self, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Prompt embeddings [B, L, text_dim] -> keys and values of every block. All L rows count: the zero rows after the
+        prompt are embedded and attended too, as in training."""
+        embedder = self.condition_embedder.text_embedder
+        hidden = F.gelu(embedder.linear_1(embeddings.to(self.dtype)), approximate="tanh")
+        hidden = embedder.linear_2(hidden)
+        return [block.attn2.keys_values(hidden) for block in self.blocks]
+
+    def time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """[B] -> embedding [B, 1, D] and the blocks' modulation [B, 6, D]: shift, scale, gate of attention, then of FFN."""
+        embedder = self.condition_embedder.time_embedder
+        hidden = sinusoid(timestep, self.config.freq_dim)
+        embedding = embedder.linear_2(F.silu(embedder.linear_1(hidden))).to(self.dtype)
+        modulation = self.condition_embedder.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+        return embedding[:, None].float(), modulation.float()
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: list[tuple[Tensor, Tensor]], context: Context) -> Tensor:
+        """Velocity of noisy `latents` [B, C, T, H, W] at `timestep` [B] (0..1000, may be fractional), in fp32."""
+        config = self.config
+        target = embed(patches(latents.to(self.dtype), config.patch_size), self.patch_embedding)
+        history = context.tokens.expand(target.shape[0], -1, -1)
+        embedding, target_time = self.time(timestep)
+        history_time = self.time(torch.zeros_like(timestep[:1]))[1] if config.zero_history_timestep else target_time
+        for block, block_text in zip(self.blocks, text):
+            history, target = block(history, target, history_time, target_time, block_text, context.rope,
+                                    targets_only=block is self.blocks[-1])
+        shift, scale = (self.norm_out.scale_shift_table + embedding).split(1, dim=1)
+        out = self.proj_out(modulate(target, shift, scale, config.eps))
+        (frames, height, width), (pt, ph, pw) = (size // k for size, k in zip(latents.shape[2:], config.patch_size)), config.patch_size
+        return rearrange(out.float(), "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
+                         t=frames, h=height, w=width, pt=pt, ph=ph, pw=pw)
+
+    def set_lora(self, lora: "Lora | None") -> None:
+        """Attach a LoRA to its layers, or detach whatever is attached (None)."""
+        layers = {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
+        for layer in layers.values():
+            layer.adapter = None
+        if lora is not None:
+            lora.check(layers)
+            for name, adapter in lora.adapters.items():
+                layers[name].adapter = adapter
+
+
+# --------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates by layer name: A [r, in], B [out, r], alpha / r."""
+
+    source: str
+    adapters: dict[str, tuple[Tensor, Tensor, float]]
+
+    def check(self, layers: dict[str, Linear]) -> None:
+        """Every adapter must have a layer of its shape; each that has not is named."""
+        problems = []
+        for name, (down, up, _) in self.adapters.items():
+            if name not in layers:
+                problems.append(f"{name}: the model has no such linear layer")
+                continue
+            rank, expected = down.shape[0], tuple(layers[name].weight.shape)
+            if (up.shape[0], down.shape[1]) != expected or up.shape[1] != rank or rank == 0:
+                problems.append(f"{name}: A {list(down.shape)} and B {list(up.shape)} do not fit the weight {list(expected)}")
+        if problems:
+            raise ValueError(f"{self.source}: not a LoRA of this model: " + "; ".join(problems))
+
+
+def load_lora(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Lora:
+    """Read a LoRA in any official format: keys `[transformer.]LAYER.lora_{A,B}.weight` in .safetensors, or in .pt, there
+    also under the key "peft".
+
+    alpha is taken equal to the rank (scale 1) unless the safetensors header carries PEFT's `lora_adapter_metadata`.
+    Raises ValueError for anything else, naming the keys.
+    """
+    path = Path(path)
+    tensors, metadata = read_lora_file(path)
+    settings = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, half = key.removeprefix("transformer."), None
+        for suffix in ("lora_A", "lora_B"):
+            if name.endswith(f".{suffix}.weight"):
+                name, half = name.removesuffix(f".{suffix}.weight"), suffix
+        if half is None:
+            raise ValueError(f"{path}: key {key!r} is not of the form LAYER.lora_A.weight or LAYER.lora_B.weight")
+        if tensor.ndim != 2:
+            raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}, expected two dimensions")
+        halves.setdefault(name, {})[half] = tensor.to(device, dtype)
+    single = [name for name, pair in halves.items() if len(pair) < 2]
+    if single or not halves:
+        raise ValueError(f"{path}: " + (f"lora_A without lora_B, or the reverse: {', '.join(single)}" if single else "no LoRA keys"))
+    adapters = {}
+    for name, pair in halves.items():
+        rank = pair["lora_A"].shape[0]
+        alpha = settings.get("alpha_pattern", {}).get(name, settings.get("lora_alpha", rank))
+        adapters[name] = (pair["lora_A"], pair["lora_B"], alpha / rank if rank else 0.0)
+    return Lora(str(path), adapters)
+
+
+def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and PEFT settings of a LoRA file."""
+    if path.suffix == ".safetensors":
+        with open_safetensors(path) as file:
+            header = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(header.get("lora_adapter_metadata", "{}"))
+    if path.suffix != ".pt":
+        raise ValueError(f"{path}: a LoRA is a .safetensors or .pt file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # refuses every pickled object
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load has no error class of its own for a broken or unsafe file
+        raise ValueError(f"{path}: not a readable .pt of plain tensors ({str(error).splitlines()[0]})") from None
+    state = state.get("peft", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors, or one under the key 'peft'")
+    return state, {}
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def open_safetensors(path: Path, device: torch.device | str = "cpu"):
+    """safetensors' own reader, with errors that name the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: shards named by an index, or a single file."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+    raise FileNotFoundError(f"{folder}: no model.safetensors, diffusion_pytorch_model.safetensors or index of shards")
+
+
+def fill(module: nn.Module, files: list[Path], device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Give a module built on the meta device its tensors, each read straight to its device and dtype.
+
+    Strict: all names and shapes are compared before the first tensor is read, and every missing, unexpected or mis-shaped
+    one is named. `module.aliases` maps other names that a file may use, `module.fp32` lists what stays fp32.
+    """
+    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    source: dict[str, tuple[Path, str]] = {}
+    problems = []
+    for path in files:
+        with open_safetensors(path) as file:
+            for key in file.keys():
+                name, shape = module.aliases.get(key, key), tuple(file.get_slice(key).get_shape())
+                if name not in wanted:
+                    problems.append(f"unexpected {key}")
+                elif shape != wanted[name]:
+                    problems.append(f"{key} has shape {list(shape)}, expected {list(wanted[name])}")
+                source[name] = (path, key)
+    problems += [f"missing {name}" for name in wanted if name not in source]
+    if problems:
+        raise ValueError(f"{files[0].parent}: weights do not fit the config: " + "; ".join(problems))
+    state = {}
+    for path in files:
+        with open_safetensors(path, device) as file:
+            for name, (owner, key) in source.items():
+                if owner == path:
+                    state[name] = file.get_tensor(key).to(torch.float32 if any(part in name for part in module.fp32) else dtype)
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def load(network: type[nn.Module], folder: str | Path, device: torch.device | str = "cpu",
+         dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build `network` from `folder`/config.json (keys it does not know are ignored) and fill it from the folder's files."""
+    folder = Path(folder)
+    values = read_json(folder / "config.json")
+    known = {field.name for field in fields(network.Config)}
+    config = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
+    with torch.device("meta"):
+        module = network(network.Config(**config))
+    return fill(module, weight_files(folder), device, dtype)
+
+
+def network_dtype(device: torch.device | str) -> torch.dtype:
+    """The one dtype policy: bf16 on CUDA (with the fp32 islands of each network), fp32 on the CPU."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

@@ -1,0 +1,285 @@
+"""The DiT, its LoRA and the loader against the recorded official numbers, diffusers, and the released model's tables."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import goldens
+from goldens import DISTILLED, HELIOS, check
+from model import Band, Helios, HeliosConfig, History, load, load_lora, rotate
+
+INPUTS = goldens.tensors(HELIOS / "dit.safetensors")
+CASES = goldens.cases(HELIOS / "dit_cases.json")
+
+
+@pytest.fixture(scope="module")
+def helios():
+    return load(Helios, DISTILLED / "transformer")
+
+
+def variant(model: Helios, case: str) -> Helios:
+    """The same weights under a case's config, with the extra parameters that the case brings."""
+    override = CASES[case]["config_override"]
+    if not override:
+        return model
+    with torch.device("meta"):
+        other = Helios(replace(model.config, **override))
+    prefix = f"{case}.extra_param."
+    extra = {key.removeprefix(prefix): value for key, value in INPUTS.items() if key.startswith(prefix)}
+    other.load_state_dict(model.state_dict() | extra, assign=True)
+    return other.requires_grad_(False)
+
+
+def arguments(case: str):
+    """latents, timestep, text embeddings and History of a recorded case."""
+    given = {name: INPUTS[key] for name, key in CASES[case]["inputs"].items()}
+
+    def band(name: str) -> Band | None:
+        latents = given.get(f"latents_history_{name}")
+        return None if latents is None else Band(latents, given[f"indices_latents_history_{name}"][0],
+                                                 given.get(f"history_visible_mask_{name}"))
+
+    indices = given.get("indices_hidden_states")
+    threshold = CASES[case]["attention_kwargs"].get("history_visible_token_threshold", 0.5)
+    history = History(band("short"), band("mid"), band("long"), None if indices is None else indices[0], threshold)
+    return given["hidden_states"], given["timestep"], given["encoder_hidden_states"], history
+
+
+def run(model: Helios, case: str) -> torch.Tensor:
+    latents, timestep, embeddings, history = arguments(case)
+    return model(latents, timestep, model.text(embeddings), model.context(history, latents.shape[2:]))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_forward(helios, case):
+    check("DiT forward (16 cases)", run(variant(helios, case), case), INPUTS[f"{case}.out"], 5e-5)
+
+
+def test_probes(helios):
+    case = "wah_masks_thr0.1"
+    latents, timestep, embeddings, history = arguments(case)
+    probe = {key.removeprefix(f"{case}.probe.block0."): value for key, value in INPUTS.items() if ".probe." in key}
+    seen = {}
+
+    def keep(name):
+        return lambda module, inputs, output: seen.update({name: (inputs, output)})
+
+    block = helios.blocks[0]
+    modules = {"block": block, "attn1": block.attn1.to_out[0], "attn2": block.attn2.to_out[0], "k": block.attn2.to_k}
+    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    context = helios.context(history, latents.shape[2:])
+    helios(latents, timestep, helios.text(embeddings), context)
+    for hook in hooks:
+        hook.remove()
+    history_tokens, target_tokens, history_time, target_time = seen["block"][0][:4]
+    rope = torch.view_as_real(context.rope[:, 0]).repeat_interleave(2, dim=1)  # [N, head_dim, (cos, sin)]
+    actual = {
+        "in.hidden_states": torch.cat([history_tokens, target_tokens], dim=1),
+        "in.rotary_emb": torch.cat([rope[..., 0], rope[..., 1]], dim=-1)[None],
+        "in.text": seen["k"][0][0],
+        "in.timestep_proj_first_and_last_token": torch.stack([history_time, target_time], dim=1),
+        "attn1.out": seen["attn1"][1],
+        "attn2.out": seen["attn2"][1],
+        "out": torch.cat(seen["block"][1], dim=1),
+    }
+    assert actual.keys() == probe.keys()
+    for name, value in actual.items():
+        check("DiT probes", value, probe[name], 5e-5)
+
+
+def test_kept_tokens(helios):
+    """The drop keeps exactly the recorded number of tokens at both thresholds."""
+    case = "wah_masks_thr0.1"
+    latents, _, _, history = arguments(case)
+    recorded = CASES[case]["kept(thr .1), kept(thr .5), total per band"]
+    for name, counts in recorded.items():
+        band = getattr(history, name)
+        for count, threshold, visible in zip(counts, (0.1, 0.5, 0.0), (band.visible, band.visible, None)):
+            changed = replace(history, mid=None, long=None, threshold=threshold)
+            if name == "short":
+                changed = replace(changed, short=replace(band, visible=visible))
+                assert helios.context(changed, latents.shape[2:]).tokens.shape[1] == count
+            else:
+                alone = helios.context(changed, latents.shape[2:]).tokens.shape[1]
+                both = replace(changed, **{name: replace(band, visible=visible)})
+                assert helios.context(both, latents.shape[2:]).tokens.shape[1] - alone == count
+
+
+def test_batch_and_fractional_timesteps(helios):
+    """A batch gives what its members give alone, each at its own (fractional) timestep."""
+    latents, _, embeddings, history = arguments("all_bands")
+    latents = torch.cat([latents, latents.flip(-1)])
+    timestep = torch.tensor([871.25, 3.5])
+    text, context = helios.text(embeddings), helios.context(history, latents.shape[2:])
+    alone = [helios(latents[i:i + 1], timestep[i:i + 1], text, context) for i in range(2)]
+    text = [(k.expand(2, -1, -1, -1), v.expand(2, -1, -1, -1)) for k, v in text]
+    torch.testing.assert_close(helios(latents, timestep, text, context), torch.cat(alone), atol=2e-5, rtol=0)
+
+
+def test_bf16_keeps_its_islands():
+    """In a bf16 model the named parameters stay fp32, and the output stays near the fp32 one."""
+    model = load(Helios, DISTILLED / "transformer", dtype=torch.bfloat16)
+    islands = {name for name, value in model.named_parameters() if value.dtype == torch.float32}
+    parts = ("time_embedder", "scale_shift_table", "norm2")
+    assert islands == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+    expected = INPUTS["all_bands.out"]
+    error = (run(model, "all_bands") - expected).abs().mean() / expected.abs().mean()
+    assert error < 0.05, f"bf16 is {error:.3f} away"
+
+
+@pytest.mark.parametrize("case", ["all_bands", "only_short", "no_history", "odd_sizes", "amplify_scalar",
+                                  "no_guidance_cross_attn", "no_zero_history_timestep"])
+def test_against_diffusers(helios, case):
+    """The same weights in diffusers' own class, on all that it supports (it has no visibility drop)."""
+    from diffusers import HeliosTransformer3DModel
+
+    model = variant(helios, case)
+    config = json.loads((DISTILLED / "transformer" / "config.json").read_text())
+    peer = HeliosTransformer3DModel.from_config(config | CASES[case]["config_override"]).eval()
+    peer.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = peer(**{name: INPUTS[key] for name, key in CASES[case]["inputs"].items()}, return_dict=False)[0]
+    check("DiT against diffusers", run(model, case), expected, 5e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- LoRA
+
+LORA = goldens.tensors(HELIOS / "lora_forward.safetensors")
+
+
+@pytest.mark.parametrize("name, expected", [
+    ("lora_noprefix.safetensors", "fused"), ("lora_noprefix.safetensors", "active_unfused"),
+    ("lora_prefix.safetensors", "fused"), ("visible_lora_state.pt", "fused"),
+    ("lora_prefix_alpha_meta.safetensors", "alpha_meta"),
+])
+def test_lora(helios, name, expected):
+    before = {key: value.clone() for key, value in helios.state_dict().items()}
+    helios.set_lora(load_lora(HELIOS / name))
+    check("LoRA forward", run(helios, "wah_masks_thr0.1"), LORA[expected], 5e-5)
+    helios.set_lora(None)
+    check("LoRA forward", run(helios, "wah_masks_thr0.1"), LORA["base"], 5e-5)
+    assert all(torch.equal(value, before[key]) for key, value in helios.state_dict().items())
+
+
+def test_lora_flat_pt_and_alpha_pattern(tmp_path, helios):
+    tensors = load_file(HELIOS / "lora_noprefix.safetensors")
+    torch.save(tensors, tmp_path / "flat.pt")
+    assert load_lora(tmp_path / "flat.pt").adapters.keys() == load_lora(HELIOS / "lora_noprefix.safetensors").adapters.keys()
+    settings = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"blocks.0.attn1.to_q": 2}}
+    save_file(tensors, tmp_path / "pattern.safetensors", metadata={"lora_adapter_metadata": json.dumps(settings)})
+    scales = {name: adapter[2] for name, adapter in load_lora(tmp_path / "pattern.safetensors").adapters.items()}
+    assert scales.pop("blocks.0.attn1.to_q") == 0.5 and set(scales.values()) == {2.0}
+
+
+def test_bad_loras_name_what_is_wrong(tmp_path, helios):
+    good = load_file(HELIOS / "lora_noprefix.safetensors")
+
+    def complaint(tensors, name="bad.safetensors"):
+        (save_file if name.endswith("safetensors") else torch.save)(tensors, tmp_path / name)
+        with pytest.raises(ValueError) as error:
+            helios.set_lora(load_lora(tmp_path / name))
+        return str(error.value)
+
+    key = "blocks.0.attn1.to_q.lora_A.weight"
+    assert key in complaint(good | {key: torch.zeros(4)})
+    assert "blocks.0.attn1.to_q" in complaint(good | {key: torch.zeros(4, 37)})
+    assert "blocks.7.attn1.to_q" in complaint({name.replace(".0.", ".7.", 1): value for name, value in good.items()})
+    assert "blocks.0.attn1.to_q" in complaint({name: value for name, value in good.items() if name != key})
+    assert "alpha" in complaint(good | {"blocks.0.attn1.to_q.alpha": torch.ones(1, 1)})
+    assert "bad.pt" in complaint({"peft": [1, 2]}, "bad.pt")
+    assert "bad.pt" in complaint(helios.config, "bad.pt")  # a pickled object is refused, not run
+    assert helios.blocks[0].attn1.to_q.adapter is None, "a refused LoRA must not stay attached"
+    with pytest.raises(ValueError, match=".safetensors or .pt"):
+        load_lora(tmp_path / "lora.bin")
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def test_full_size_tables():
+    """The released 14B model: 1101 tensors, 14,312,427,584 numbers, the shapes of the specification."""
+    with torch.device("meta"):
+        state = Helios(HeliosConfig()).state_dict()
+    dim = 5120
+    table = {"patch_embedding": (dim, 16, 1, 2, 2), "patch_short": (dim, 16, 1, 2, 2), "patch_mid": (dim, 16, 2, 4, 4),
+             "patch_long": (dim, 16, 4, 8, 8), "condition_embedder.time_embedder.linear_1": (dim, 256),
+             "condition_embedder.time_embedder.linear_2": (dim, dim), "condition_embedder.time_proj": (6 * dim, dim),
+             "condition_embedder.text_embedder.linear_1": (dim, 4096),
+             "condition_embedder.text_embedder.linear_2": (dim, dim), "proj_out": (64, dim)}
+    plain = {"norm_out.scale_shift_table": (1, 2, dim)}
+    for i in range(40):
+        block = f"blocks.{i}"
+        plain[f"{block}.scale_shift_table"] = (1, 6, dim)
+        table |= {f"{block}.ffn.net.0.proj": (13824, dim), f"{block}.ffn.net.2": (dim, 13824)}
+        plain |= {f"{block}.norm2.weight": (dim,), f"{block}.norm2.bias": (dim,)}
+        for attention in ("attn1", "attn2"):
+            table |= {f"{block}.{attention}.{layer}": (dim, dim) for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+            plain |= {f"{block}.{attention}.{norm}.weight": (dim,) for norm in ("norm_q", "norm_k")}
+    expected = plain | {f"{name}.weight": shape for name, shape in table.items()}
+    expected |= {f"{name}.bias": shape[:1] for name, shape in table.items()}
+    assert {name: tuple(value.shape) for name, value in state.items()} == expected
+    assert len(state) == 1101 and sum(value.numel() for value in state.values()) == 14_312_427_584
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(DISTILLED / "transformer", tmp_path / "transformer")
+    return tmp_path / "transformer"
+
+
+def complaint(folder) -> str:
+    with pytest.raises((ValueError, OSError)) as error:
+        load(Helios, folder)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def edit_shard(folder, change) -> None:
+    shard = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    tensors = load_file(shard)
+    change(tensors)
+    save_file(tensors, shard)
+
+
+def test_loading_is_strict(folder):
+    edit_shard(folder, lambda tensors: tensors.pop("proj_out.bias"))
+    assert "missing proj_out.bias" in complaint(folder)
+    edit_shard(folder, lambda tensors: tensors.update({"proj_out.bias": torch.zeros(3), "extra.weight": torch.zeros(1)}))
+    message = complaint(folder)
+    assert "unexpected extra.weight" in message and "proj_out.bias has shape [3], expected [64]" in message
+
+
+def test_unreadable_files_are_named(folder):
+    shard = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:len(whole) // 2])
+    assert shard.name in complaint(folder)
+    shard.unlink()
+    assert shard.name in complaint(folder)
+    (folder / "config.json").write_text("{")
+    assert "config.json" in complaint(folder)
+
+
+def test_unsupported_configs_are_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"qk_norm": "layer_norm"}))
+    assert "qk_norm" in complaint(folder)
+
+
+def test_older_name_of_the_output_table(folder):
+    def rename(tensors):
+        tensors["scale_shift_table"] = tensors.pop("norm_out.scale_shift_table")
+    edit_shard(folder, rename)
+    check("DiT forward (16 cases)", run(load(Helios, folder), "all_bands"), INPUTS["all_bands.out"], 5e-5)
+
+
+def test_rotation_keeps_lengths():
+    x = torch.randn(1, 5, 2, 8)
+    angle = torch.rand(5, 1, 4) * 6
+    turned = rotate(x, torch.polar(torch.ones_like(angle), angle))
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
+    torch.testing.assert_close(rotate(turned, torch.polar(torch.ones_like(angle), -angle)), x)
