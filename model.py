@@ -313,6 +313,7 @@ class Helios(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = OutputNorm(config.dim)
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
+        self.lora: Lora | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -381,15 +382,28 @@ class Helios(nn.Module):
         return rearrange(out.float(), "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
                          t=frames, h=height, w=width, pt=pt, ph=ph, pw=pw)
 
+    def flops(self, context: Context, text_rows: int = 512) -> int:
+        """Floating-point operations of the blocks' matrix products in one `forward` with a batch of 1."""
+        dim, hidden = self.config.dim, self.config.ffn_dim
+        total, history = context.rope.shape[0], context.tokens.shape[1]
+        target = total - history
+
+        def block(tokens: int) -> int:  # `tokens`: those that are carried on, all but in the last block
+            reading = target if self.config.guidance_cross_attn else tokens
+            own = 4 * dim * dim * (total + tokens) + 4 * dim * total * tokens  # k, v for all, q and out; q k and its v
+            return own + 4 * dim * reading * (dim + text_rows) + 4 * dim * hidden * tokens
+
+        return (self.config.num_layers - 1) * block(total) + block(target)
+
     def set_lora(self, lora: "Lora | None") -> None:
         """Attach a LoRA to its layers, or detach whatever is attached (None)."""
         layers = {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
-        for layer in layers.values():
-            layer.adapter = None
+        adapters = {} if lora is None else lora.adapters
         if lora is not None:
             lora.check(layers)
-            for name, adapter in lora.adapters.items():
-                layers[name].adapter = adapter
+        for name, layer in layers.items():
+            layer.adapter = adapters.get(name)
+        self.lora = lora
 
 
 # --------------------------------------------------------------------------------------------------------------- LoRA

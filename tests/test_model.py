@@ -131,6 +131,23 @@ def test_bf16_keeps_its_islands():
     assert error < 0.05, f"bf16 is {error:.3f} away"
 
 
+@pytest.mark.parametrize("case", ["all_bands", "no_history", "no_guidance_cross_attn"])
+def test_counted_flops(helios, case):
+    """The formula equals torch's own counter on the blocks."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+    model = variant(helios, case)
+    latents, timestep, embeddings, history = arguments(case)
+    text, context = model.text(embeddings), model.context(history, latents.shape[2:])
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # absent from torch's own table
+              lambda q, k, v, *rest, out_shape, **options: sdpa_flop_count(q, k, v)}
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        model(latents, timestep, text, context)
+    counts = counter.get_flop_counts()
+    counted = sum(sum(counts[f"Helios.blocks.{i}"].values()) for i in range(len(model.blocks)))
+    assert model.flops(context, embeddings.shape[1]) == counted
+
+
 @pytest.mark.parametrize("case", ["all_bands", "only_short", "no_history", "odd_sizes", "amplify_scalar",
                                   "no_guidance_cross_attn", "no_zero_history_timestep"])
 def test_against_diffusers(helios, case):
