@@ -1,0 +1,267 @@
+"""Pictures, depth maps, videos and masks: reading what users have, writing mp4 files and contact sheets.
+
+Pictures are fitted to the video size as the official code does it (Pillow, Lanczos, centre crop or stretch), which is
+why that is not done in torch. Videos are read frame by frame, so that a long one never has to fit in memory, and are
+written under a temporary name that becomes the real one only when the file is complete. Arrays are never unpickled.
+What can't be read is a ValueError of one line naming the file. Left out: sound, 10-bit video, and EXIF rotation, which
+the official code ignores too.
+"""
+
+import os
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import imageio.v2 as imageio
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+
+
+def open_image(path: str | Path) -> Image.Image:
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a readable picture ({error})") from None
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """An RGB picture; transparency is dropped, 16-bit gray scaled to 8 bit."""
+    image = open_image(path)
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError(f"{path}: a picture of 32-bit floats, expected 8 or 16 bit")
+    return image.convert("RGB")
+
+
+def fit_image(image: Image.Image, size: tuple[int, int], crop: bool = True) -> Tensor:
+    """An RGB picture at `size` (height, width), Lanczos, as [1,3,H,W] in [-1,1]; centre-cropped to the aspect ratio,
+    as for rendering from camera poses, or stretched, as for a ready-made warp video."""
+    height, width = size
+    if crop:
+        image = ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
+    else:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(image))
+    return rearrange(pixels, "h w c -> 1 c h w") / 255 * 2 - 1
+
+
+def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, or of an .npy file (memory-mapped) under the name ''."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        if Path(path).suffix.lower() == ".npy":
+            return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: not a readable numpy file of plain numbers ({error})") from None
+
+
+def load_depth(path: str | Path) -> Tensor:
+    """A depth map [h,w] float32, z in any unit: .npy, .npz (its only array, or `depth`) or a 16-bit picture."""
+    if Path(path).suffix.lower() in PICTURES:
+        image = open_image(path)
+        if not image.mode.startswith(("I", "F")):
+            raise ValueError(f"{path}: a picture of mode {image.mode}, expected 16-bit gray depth")
+        depth = np.asarray(image)
+    else:
+        arrays = read_arrays(path)
+        if len(arrays) != 1 and "depth" not in arrays:
+            raise ValueError(f"{path}: arrays {', '.join(sorted(arrays))}, expected one, or one named 'depth'")
+        depth = arrays["depth"] if "depth" in arrays else next(iter(arrays.values()))
+    if depth.ndim != 2 or depth.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: array of shape {depth.shape}, type {depth.dtype}, expected numbers [height, width]")
+    depth = torch.from_numpy(depth.astype(np.float32))
+    if not (depth.isfinite() & (depth > 0)).any():
+        raise ValueError(f"{path}: no depth is finite and positive")
+    return depth
+
+
+def read_frames(path: str | Path) -> Iterator[np.ndarray]:
+    """The frames of a video file, an .npy file [T,H,W,3] uint8 or a folder of pictures, one by one: [H,W,3] uint8."""
+    path = Path(path)
+    if path.is_dir():
+        frames = (np.array(load_image(file)) for file in sorted(path.iterdir()) if file.suffix.lower() in PICTURES)
+    elif path.suffix.lower() == ".npy":
+        frames = read_arrays(path)[""]
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+            raise ValueError(f"{path}: array of shape {frames.shape}, type {frames.dtype}, expected [T,H,W,3] uint8")
+    else:
+        frames = decode(path)
+    shape = None
+    for index, frame in enumerate(frames):
+        shape = shape or frame.shape
+        if frame.shape != shape:
+            raise ValueError(f"{path}, frame {index}: size {frame.shape[:2]}, expected {shape[:2]} as before")
+        yield frame
+    if shape is None:
+        raise ValueError(f"{path}: no frames")
+
+
+def decode(path: Path) -> Iterator[np.ndarray]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file or folder")
+    try:
+        with imageio.get_reader(path, format="FFMPEG") as reader:
+            yield from reader
+    except (OSError, ValueError, RuntimeError, IndexError) as error:
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path}: not a readable video ({message[-1]})") from None
+
+
+def load_video(path: str | Path) -> np.ndarray:
+    """All of `read_frames`: uint8 [T,H,W,3]."""
+    return np.stack(list(read_frames(path)))
+
+
+def read_mask(path: str | Path) -> Iterator[np.ndarray]:
+    """The frames of a visibility mask, one by one: [H,W] float32 in 0..1. From a video, a folder of pictures, or an
+    .npy [T,H,W] (bool, uint8, or float in 0..1)."""
+    if Path(path).suffix.lower() != ".npy":
+        yield from (frame.mean(-1, dtype=np.float32) / 255 for frame in read_frames(path))
+        return
+    array = read_arrays(path)[""]
+    if array.ndim != 3 or array.dtype.kind not in "bfu" or array.size == 0:
+        raise ValueError(f"{path}: array of shape {array.shape}, type {array.dtype}, expected a mask [T,H,W]")
+    scale = 255 if array.max() > 1 else 1
+    if not 0 <= array.min() <= array.max() <= scale:
+        raise ValueError(f"{path}: mask values {array.min()} to {array.max()}, expected 0..1 or 0..255")
+    yield from (frame.astype(np.float32) / scale for frame in array)
+
+
+def load_mask(path: str | Path) -> Tensor:
+    """All of `read_mask`: float32 [T,H,W] in 0..1."""
+    return torch.from_numpy(np.stack(list(read_mask(path))))
+
+
+def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[T,h,w,3] uint8 at `size` (height, width), with Pillow's bilinear filter."""
+    if frames.shape[1:3] == size:
+        return frames
+    resized = (Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR) for frame in frames)
+    return np.stack([np.asarray(frame) for frame in resized])
+
+
+def temporary(path: str | Path) -> Path:
+    """Reserve a hidden name beside `path`, so that a folder that can't be written is an OSError before any work."""
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder, expected a file name")
+    name = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    name.touch()
+    return name
+
+
+class VideoWriter:
+    """`with VideoWriter(path, fps, (height, width)) as video: video.write(frame)`: streams uint8 frames into an mp4.
+
+    The file appears under its name when the block ends without an error, and not at all otherwise. Opening raises
+    OSError if the folder can't be written and ValueError for an odd size, or a name that isn't .mp4.
+    """
+
+    def __init__(self, path: str | Path, fps: float, size: tuple[int, int]):
+        if Path(path).suffix.lower() != ".mp4":
+            raise ValueError(f"{path}: expected a file name that ends in .mp4")
+        if size[0] % 2 or size[1] % 2:
+            raise ValueError(f"{path}: frames of {size[0]}x{size[1]}, but H.264 needs an even height and width")
+        self.path, self.size, self.count = Path(path), size, 0
+        self.partial = temporary(path)
+        self.encoder = imageio.get_writer(
+            self.partial, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", quality=None,
+            macro_block_size=1, output_params=["-crf", "17"], ffmpeg_log_level="error",
+        )
+
+    def write(self, frame: np.ndarray) -> None:
+        """One frame [H,W,3] or [H,W] uint8."""
+        if frame.shape[:2] != self.size or frame.dtype != np.uint8:
+            raise ValueError(f"{self.path}: frame of {frame.shape} {frame.dtype}, expected uint8 of size {self.size}")
+        self.encoder.append_data(frame if frame.ndim == 3 else np.repeat(frame[..., None], 3, axis=-1))
+        self.count += 1
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        try:
+            self.encoder.close()
+            if error_type is None:
+                if not self.count:
+                    raise ValueError(f"{self.path}: no frames were written")
+                os.replace(self.partial, self.path)
+        finally:
+            self.partial.unlink(missing_ok=True)
+
+
+def save_png(path: str | Path, image: np.ndarray) -> None:
+    """Write [H,W,3] or [H,W] uint8, all or nothing."""
+    partial = temporary(path)
+    try:
+        Image.fromarray(image).save(partial, format="PNG")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def evenly_spaced(count: int, columns: int) -> list[int]:
+    """At most `columns` of the indices below `count`, first and last included."""
+    return np.linspace(0, count - 1, min(count, columns)).round().astype(int).tolist()
+
+
+def contact_sheet(rows: dict[str, np.ndarray], columns: int = 8, tile_width: int = 256) -> np.ndarray:
+    """A picture [H,W,3] uint8 of evenly spaced frames: one labelled row for each video [T,H,W,3] or [T,H,W] uint8."""
+    gap, label = 4, 14
+    first = next(iter(rows.values()))
+    picks = evenly_spaced(len(first), columns)
+    height = round(tile_width * first.shape[1] / first.shape[2])
+    sheet = Image.new("RGB", (gap + len(picks) * (tile_width + gap), gap + len(rows) * (label + height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for row, (name, frames) in enumerate(rows.items()):
+        top = gap + row * (label + height + gap)
+        draw.text((gap, top), name, fill="black")
+        for column, index in enumerate(picks):
+            tile = Image.fromarray(frames[index]).resize((tile_width, height), Image.Resampling.LANCZOS)
+            sheet.paste(tile, (gap + column * (tile_width + gap), top + label))
+    return np.array(sheet)
+
+
+def top_view(points: np.ndarray, colors: np.ndarray, track: np.ndarray, heading: np.ndarray) -> np.ndarray:
+    """A picture [640,640,3] uint8 of a scene from above, x to the right and z up.
+
+    `points` [N,2] and their `colors` [N,3] uint8; camera places `track` [T,2] and viewing directions `heading` [T,2].
+    """
+    near = points[points[:, 1] <= np.quantile(points[:, 1], 0.9)]  # the sky would shrink everything
+    low, high = np.minimum(near.min(0), track.min(0)), np.maximum(near.max(0), track.max(0))
+    side, margin = 640, 40
+    scale = (side - 2 * margin) / (high - low).max()
+    flip = np.array([1, -1]) * scale
+    origin = np.array([margin, side - margin]) - low * flip
+    canvas = np.full((side, side, 3), 255, np.uint8)
+    x, y = (points * flip + origin).round().astype(int).T
+    shown = (x > margin) & (x < side - margin) & (y > margin) & (y < side - margin)
+    canvas[y[shown], x[shown]] = colors[shown] // 2 + 128  # pale, so that the path stands out
+    image = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(image)
+    places, ahead = track * flip + origin, track * flip + origin + heading * np.array([16, -16])
+    for index in evenly_spaced(len(track), 13):
+        draw.line([*places[index], *ahead[index]], fill="blue")
+    draw.line(places.flatten().tolist(), fill="black", width=2)
+    for name, (x, y), color in (("start", places[0], "green"), ("end", places[-1], "red")):
+        draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=color)
+        draw.text((x + 8, y - 6), name, fill=color)
+    draw.line([(margin, margin), (margin, side - margin), (side - margin, side - margin)], fill="gray")
+    span = (side - 2 * margin) / scale
+    draw.text((margin, side - margin + 6), f"x {low[0]:.3g}, z {low[1]:.3g}", fill="black")
+    draw.text((side - margin, side - margin + 6), f"x {low[0] + span:.3g}", fill="black", anchor="rt")
+    draw.text((margin, margin - 14), f"z {low[1] + span:.3g}", fill="black")
+    return np.array(image)

@@ -1,0 +1,461 @@
+"""The splat renderer: first-frame geometry + camera poses -> warped frames + visibility.
+
+The video model is conditioned on how the first frame would look from the new cameras (pseudo-history). Here are geometry
+from a depth map, dense samples of its surface, the z-buffer splat and the filling of pinholes: the same 8-bit frames as the
+official CPU renderer, on CPU and CUDA, deterministic. As a program it previews a camera path without any network.
+Left out: several keyframes and their background atlas. Conventions: camera-to-world, OpenCV axes (x right, y down,
+z forward), pixel centres at integers, K in pixels.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+import media
+from camera import VERBS, CameraPath, inverse, load_path, move_path, normalize, scale_translation
+
+PATCH, PIXEL_LIMIT = 14, 255_000  # geometry maps have the input size of Pi3X
+MIN_CONFIDENCE = 0.1
+NEAR = 1e-4
+NOTHING, LOW_32 = 2**63 - 1, 2**32 - 1  # z-buffer entry of a pixel without a sample; the bits of the index
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What is known of one picture's scene; all maps at `geometry_size`, which is not the video size."""
+
+    points: Tensor  # [H, W, 3] world
+    depth: Tensor  # [H, W] z in the camera
+    confidence: Tensor  # [H, W] 0..1
+    valid: Tensor  # [H, W] bool: confident, finite, and not on a depth edge
+    K: Tensor  # [3, 3]
+    c2w: Tensor  # [4, 4]
+    rgb: Tensor  # [H, W, 3] uint8
+
+    def has_depth(self) -> Tensor:
+        return self.depth.isfinite() & (self.depth > 0)
+
+
+@dataclass(frozen=True)
+class Warp:
+    frames: Tensor  # [1, 3, T, H, W] in [-1, 1], at video size
+    visible: Tensor  # [1, 1, T, H, W] in [0, 1]
+
+
+@dataclass(frozen=True)
+class RenderSettings:
+    samples: int = 4  # per quad axis
+    mesh_break: bool = True  # tear the surface at depth edges
+    hole_radius: int = 1  # 0: the plain splat
+    min_neighbors: int = 4
+    mean_fill: bool = True  # invisible pixels get the source's mean colour, else black
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Surface points to splat; of equally deep ones the last wins."""
+
+    xyz: Tensor  # [3, N] world
+    rgb: Tensor  # [N, 3] uint8
+    xy: Tensor  # [N, 2] source pixel
+
+
+def geometry_size(height: int, width: int, limit: int = PIXEL_LIMIT) -> tuple[int, int]:
+    """Multiples of 14 near the aspect ratio with at most `limit` pixels (Pi3X input size) -> height, width."""
+    scale = math.sqrt(limit / (height * width))
+    rows, columns = round(height * scale / PATCH), round(width * scale / PATCH)
+    while rows * columns * PATCH**2 > limit:
+        if columns / max(rows, 1) > (width * scale) / max(height * scale, 1):
+            columns -= 1
+        else:
+            rows -= 1
+    return PATCH * max(rows, 1), PATCH * max(columns, 1)
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B,C,h,w] -> [B,C,H,W], bilinear without antialiasing."""
+    return F.interpolate(images, size, mode="bilinear", align_corners=False)
+
+
+def to_u8(images: Tensor) -> Tensor:
+    """Floats in 0..1 to 8 bit."""
+    return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8)
+
+
+def quantize(frame: Tensor) -> Tensor:
+    """A decoded frame in [-1,1] through 8 bits, before it becomes the source of the next chunk."""
+    return (frame / 2 + 0.5).clamp(0, 1).mul(255).round().div(255) * 2 - 1
+
+
+def pinhole(fov_x: float, height: int, width: int) -> Tensor:
+    """[3,3] of a centred camera with square pixels and the horizontal field of view `fov_x` in degrees."""
+    if not 0 < fov_x < 180:
+        raise ValueError(f"fov {fov_x:g}: expected horizontal degrees between 0 and 180")
+    focal = width / 2 / math.tan(math.radians(fov_x) / 2)
+    return torch.tensor([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+
+
+def unproject(depth: Tensor, K: Tensor, c2w: Tensor) -> Tensor:
+    """World points [H,W,3] of a depth map [H,W]."""
+    rows, columns = (torch.arange(n, device=depth.device, dtype=depth.dtype) for n in depth.shape)
+    (fx, _, cx), (_, fy, cy), _ = K.tolist()
+    x, y = (columns - cx) / fx * depth, (rows[:, None] - cy) / fy * depth
+    return torch.stack(transform(c2w, x, y, depth), dim=-1)
+
+
+def transform(pose: Tensor, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
+    """Points through a pose. Not a matmul, which may use TF32 on CUDA; `add` with `alpha` is a fused multiply-add and
+    so rounds like the official matrix product, which decides between equally deep samples."""
+    return [(a * x).add_(y, alpha=b).add_(z, alpha=c).add_(t) for a, b, c, t in pose[:3].tolist()]
+
+
+def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor) -> Geometry:
+    """From `image` [1,3,H,W] in [-1,1], its `depth` [h,w] (unknown: not finite or not positive), `K` in its pixels."""
+    height, width = image.shape[-2:]
+    size = geometry_size(height, width)
+    known = depth.isfinite() & (depth > 0)
+    weight = resize(known.float()[None, None], size)[0, 0]
+    depth = resize(torch.where(known, depth, 0)[None, None], size)[0, 0] / weight  # unknown neighbours don't count
+    stretch = torch.tensor([size[1] / width, size[0] / height, 1.0])
+    K = stretch[:, None] * K.cpu()
+    K[:2, 2] += (stretch[:2] - 1) / 2  # pixel centres are integers, so the corner is at -1/2
+    c2w = torch.eye(4)
+    valid = weight >= 0.5
+    depth = torch.where(valid, depth, 0)
+    points = unproject(depth, K, c2w)
+    valid = valid & ~mesh_break(points, depth, valid)
+    rgb = rearrange(to_u8(resize((image / 2 + 0.5).clamp(0, 1), size)), "1 c h w -> h w c")
+    return ensure_valid(Geometry(points, depth, torch.ones_like(depth), valid, K, c2w, rgb))
+
+
+def keep_confident(geometry: Geometry, percent: float) -> Geometry:
+    """`valid` becomes the most confident `percent` of the pixels with a depth (and all that tie with the last of them);
+    their confidence is raised to pass the threshold."""
+    candidates = geometry.has_depth() & geometry.points.isfinite().all(-1) & geometry.confidence.isfinite()
+    if not candidates.any():
+        candidates = geometry.has_depth()
+    scores = torch.where(candidates, geometry.confidence.nan_to_num(nan=-torch.inf), -torch.inf)
+    keep = max(1, math.ceil(candidates.sum().item() * percent / 100))
+    valid = candidates & (scores >= scores.flatten().sort(descending=True).values[keep - 1])
+    confidence = torch.where(valid, scores.clamp(min=MIN_CONFIDENCE + 0.001), geometry.confidence)
+    return replace(geometry, valid=valid, confidence=confidence)
+
+
+def ensure_valid(geometry: Geometry) -> Geometry:
+    """The geometry itself, or with the most confident 5 % valid if nothing valid has a depth."""
+    return geometry if (geometry.valid & geometry.has_depth()).any() else keep_confident(geometry, 5)
+
+
+def median_depth(geometry: Geometry) -> float:
+    """Of the valid pixels with a depth; of all with a depth if there are none; 1 without any depth."""
+    mask = geometry.valid & geometry.has_depth()
+    values = geometry.depth[mask if mask.any() else geometry.has_depth()].sort().values
+    return ((values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2).item() if len(values) else 1.0
+
+
+def max_pool(x: Tensor, size: int) -> Tensor:
+    """Maximum over a size x size window of [H,W], ignoring the outside."""
+    rows = F.max_pool2d(x[None, None], (size, 1), 1, (size // 2, 0))
+    return F.max_pool2d(rows, (1, size), 1, (0, size // 2))[0, 0]
+
+
+def shift(x: Tensor, dy: int, dx: int) -> Tensor:
+    """The neighbour at (y + dy, x + dx) of every pixel of [...,H,W]; 0 outside."""
+    height, width = x.shape[-2:]
+    return F.pad(x, (1, 1, 1, 1))[..., 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
+
+
+def surface_normals(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit normals [3,H,W] from the four triangles around each pixel, and where there is one [H,W]; elsewhere 0."""
+    center = rearrange(points, "h w c -> c h w")
+    usable = valid & points.isfinite().all(-1)
+    around = [(-1, 0), (0, -1), (1, 0), (0, 1), (-1, 0)]  # up, left, down, right, up
+    arms = [(shift(center, *step) - center, shift(usable, *step) & usable) for step in around]
+    total, known = torch.zeros_like(center), torch.zeros_like(usable)
+    for (first, first_usable), (second, second_usable) in pairwise(arms):
+        triangle = first_usable & second_usable
+        normal = torch.linalg.cross(first, second, dim=0)
+        total += torch.where(triangle, normal / (normal.norm(dim=0) + 1e-12), 0)
+        known |= triangle
+    return total / (total.norm(dim=0) + 1e-12), known
+
+
+def depth_edges(depth: Tensor, valid: Tensor, rtol: float) -> Tensor:
+    """Where the depth varies by more than `rtol` of the centre within 3x3 valid pixels."""
+    known = valid & ~depth.isnan()
+    spread = max_pool(torch.where(known, depth, -torch.inf), 3) + max_pool(torch.where(known, -depth, -torch.inf), 3)
+    return valid & (spread / depth > rtol)
+
+
+def normal_edges(normals: Tensor, known: Tensor, degrees: float) -> Tensor:
+    """Where, within 3x3 pixels, one's normal turns by more than `degrees` to a 3x3 neighbour's.
+
+    Kept for parity: a pixel without a normal has the zero vector, at 90 degrees to every neighbour that has one.
+    """
+    cosine = torch.ones_like(normals[0])
+    for dy in (-1, 0, 1):
+        for dx in (-1, 0, 1):
+            dot = (normals * shift(normals, dy, dx)).sum(0)
+            cosine = torch.where(shift(known, dy, dx), torch.minimum(cosine, dot), cosine)
+    angle = max_pool(cosine.clamp(-1, 1).arccos(), 3)
+    return known & (angle > math.radians(degrees))
+
+
+def mesh_break(points: Tensor, depth: Tensor, valid: Tensor, rtol: float = 0.03, degrees: float = 5.0) -> Tensor:
+    """Valid pixels on a depth edge that is also a normal edge: the surface is torn there. [H,W] bool."""
+    normals, known = surface_normals(points, valid)
+    return depth_edges(depth, valid, rtol) & normal_edges(normals, known, degrees)
+
+
+def components(mask: Tensor) -> Tensor:
+    """Label the 8-connected components of [H,W] with their first pixel's index; H*W outside.
+
+    Each round joins every component to the lowest one it touches, then follows the links to their ends: few rounds,
+    however long and winding a component is.
+    """
+    outside = mask.numel()
+    index = torch.arange(outside + 1, device=mask.device)
+    label = torch.where(mask, index[:-1].view_as(mask), outside)
+    while True:
+        lowest = -max_pool(-label.double(), 3).long()  # double: there is no integer pooling on CUDA
+        link = index.scatter_reduce(0, label.flatten(), lowest.flatten(), "amin")
+        link[outside] = outside
+        while not torch.equal(link, further := link[link]):
+            link = further
+        joined = link[label]
+        if torch.equal(joined, label):
+            return label
+        label = joined
+
+
+def fill_top(geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """Large unknown regions that reach the top row become a far plane -> points [H,W,3], valid, filled [H,W] bool.
+
+    Kept for parity: validity is judged anew from confidence, so pixels that the edge filter removed are valid again.
+    """
+    points, depth = geometry.points.clone(), geometry.depth
+    valid = (geometry.confidence > MIN_CONFIDENCE) & points.isfinite().all(-1) & geometry.has_depth()
+    filled = torch.zeros_like(valid)
+    if not valid.any():
+        return points, valid, filled
+    far = depth[valid].quantile(0.98)
+    labels = components(~valid)
+    areas = labels.flatten().bincount(minlength=labels.numel() + 1)
+    top = labels[0].unique()
+    for label in top[(areas[top] >= 1024) & (top < labels.numel())]:
+        region = labels == label
+        ring = depth[(max_pool(region.float(), 17) > 0) & ~region & valid]
+        ring = ring[ring > 0]
+        plane = torch.maximum(ring.quantile(0.95), far) if len(ring) >= 128 else far
+        points = torch.where(region[..., None], unproject(plane.expand_as(depth), geometry.K, geometry.c2w), points)
+        filled = filled | region
+        valid = valid | region
+    return points, valid, filled
+
+
+def find_quads(points: Tensor, depth: Tensor, valid: Tensor, filled: Tensor, tear: bool) -> Tensor:
+    """Top-left corners (flat indices [Q], row-major) of the 2x2 pixel quads that make up the surface.
+
+    Kept for parity: under the far plane `depth` is still the unknown original, which may tear holes in it.
+    """
+    if tear:
+        valid = valid & ~mesh_break(points, depth, valid)
+    masks = torch.stack([valid, filled & valid]).unfold(1, 2, 1).unfold(2, 2, 1)
+    whole, far = masks.flatten(-2)  # [H-1, W-1, 4]
+    quads = whole.all(-1) & (far.all(-1) | ~far.any(-1))  # none between the scene and the far plane
+    rows, columns = quads.nonzero(as_tuple=True)
+    return rows * valid.shape[1] + columns
+
+
+def sample_quads(points: Tensor, rgb: Tensor, quads: Tensor, samples: int) -> Samples:
+    """Blend the corners of each quad at samples x samples places: place-major, quads row-major within.
+
+    Kept for parity: colours are truncated to 8 bit, not rounded.
+    """
+    width = points.shape[1]
+    values = torch.cat([points.flatten(0, 1), rgb.flatten(0, 1).float()], dim=1)  # [H*W, 6]
+    steps = (torch.arange(samples, device=quads.device) + 0.5) / samples
+    v, u = steps.repeat_interleave(samples)[:, None], steps.repeat(samples)[:, None]  # [S*S, 1]
+    weights = ((1 - v) * (1 - u), v * (1 - u), v * u, (1 - v) * u)  # around the quad: the order decides the last bit
+    corners = [values[quads + offset].T.contiguous() for offset in (0, width, width + 1, 1)]  # [6, Q]
+    xyz = sum(weight * corner[:3, None] for weight, corner in zip(weights, corners))  # [3, S*S, Q]
+    color = sum(weight * corner[3:, None] for weight, corner in zip(weights, corners)).to(torch.uint8)
+    xy = torch.stack([quads % width + u, quads // width + v], dim=-1)  # [S*S, Q, 2]
+    return Samples(xyz.flatten(1), rearrange(color, "c s q -> (s q) c").contiguous(), xy.flatten(0, 1))
+
+
+def surface_samples(geometry: Geometry, settings: RenderSettings) -> Samples:
+    """Samples of the surface. If it has no quad, tries again with the most confident 20, 50, 100 % of the pixels, each
+    as the settings say and then untorn, as the official renderer does. Raises ValueError if nothing can be rendered."""
+    for percent in (None, 20, 50, 100):
+        candidate = geometry if percent is None else keep_confident(geometry, percent)
+        points, valid, filled = fill_top(candidate)
+        for tear in (settings.mesh_break,) if percent is None else (settings.mesh_break, False):
+            quads = find_quads(points, candidate.depth, valid, filled, tear)
+            if len(quads):
+                return sample_quads(points, geometry.rgb, quads, settings.samples)
+    raise ValueError("no surface to render: no 2x2 pixels of the first frame have positive finite depths")
+
+
+def splat(samples: Samples, c2w: Tensor, K: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest sample of every pixel of a camera -> rgb [H,W,3] uint8, source xy [H,W,2], visible [H,W] bool.
+
+    `c2w` and `K` are on the CPU. Pixels without a sample have colour 0 and xy -1. The z-buffer entry is (bits of z,
+    inverted index), so one scatter-minimum gives the nearest sample and, at equal depth, the last one, on every device.
+    """
+    height, width = size
+    (fx, _, cx), (_, fy, cy), _ = K.tolist()
+    w2c = inverse(c2w)
+    buffer = torch.full((height * width + 1,), NOTHING, device=samples.xyz.device)
+    first = 0
+    for x, y, z in samples.xyz.split(2**18, dim=1):  # blocks that stay in the cache
+        x, y, z = transform(w2c, x, y, z)
+        u, v = x.div_(z).mul_(fx).add_(cx).round_(), y.div_(z).mul_(fy).add_(cy).round_()
+        inside = (z > NEAR) & (z < torch.inf) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
+        pixel = torch.where(inside, v.mul_(width).add_(u), height * width).long()  # the rest goes past the end
+        rank = torch.arange(LOW_32 - first, LOW_32 - first - len(z), -1, device=z.device)
+        buffer.scatter_reduce_(0, pixel, z.view(torch.int32).long().bitwise_left_shift_(32).add_(rank), "amin")
+        first += len(z)
+    nearest = buffer[:-1]
+    visible = nearest != NOTHING
+    winner = LOW_32 - (nearest & LOW_32)  # 0 where there is nothing
+    rgb = torch.where(visible[:, None], samples.rgb.index_select(0, winner), 0)
+    xy = torch.where(visible[:, None], samples.xy.index_select(0, winner), -1.0)
+    return rgb.view(height, width, 3), xy.view(height, width, 2), visible.view(height, width)
+
+
+def fill_holes(rgb: Tensor, xy: Tensor, visible: Tensor, source: Tensor, radius: int, min_neighbors: int):
+    """Give an invisible pixel with enough visible neighbours the source colour at their mean source position.
+
+    `source` is [1,3,H,W] in 0..1. Returns new rgb [H,W,3] and visible [H,W]; one pass, from the splat alone.
+    """
+    height, width = visible.shape
+    seen = torch.where(visible[..., None], torch.cat([xy, torch.ones_like(xy[..., :1])], -1), 0)  # x, y, 1
+    seen = rearrange(seen, "h w c -> 1 c h w")
+    side = 2 * radius + 1
+    x, y, count = F.avg_pool2d(seen, side, 1, radius)[0] * side**2  # kept for parity: sums from means, not quite whole
+    x, y = x / count, y / count
+    hole = ~visible & (count >= min_neighbors) & (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
+    grid = torch.stack([x / (width - 1) * 2 - 1, y / (height - 1) * 2 - 1], dim=-1)[None]
+    color = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=True)
+    color = rearrange(to_u8(color), "1 c h w -> h w c")
+    return torch.where(hole[..., None], color, rgb), visible | hole
+
+
+def compose(rgb: Tensor, visible: Tensor, background: Tensor) -> Tensor:
+    """Put `background` (a colour [3] or a picture [H,W,3], uint8) where nothing is visible."""
+    return torch.where(visible[..., None], rgb, background)
+
+
+def render_frames(
+    geometry: Geometry, poses: Tensor, settings: RenderSettings = RenderSettings(), intrinsics: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Frame by frame: rgb [H,W,3] uint8 and visible [H,W] bool at the geometry's size.
+
+    `poses` [T,4,4] are relative to the geometry's camera, translations in its unit. Frame 0 is the source picture,
+    whatever its pose. `intrinsics` [T,3,3] are target cameras; if the first is not the geometry's, the points are
+    rebuilt from the depth with it.
+    """
+    poses, source_pose = poses.cpu(), geometry.c2w.cpu()  # small: reading them from the device would stall every frame
+    intrinsics = (geometry.K.expand(len(poses), 3, 3) if intrinsics is None else intrinsics).cpu()
+    if not torch.allclose(intrinsics[0], geometry.K.cpu(), rtol=1e-5, atol=1e-4):
+        points = unproject(geometry.depth, intrinsics[0], geometry.c2w)
+        geometry = replace(geometry, points=points, K=intrinsics[0])
+    mean = geometry.rgb.double().mean((0, 1)).round().to(torch.uint8)
+    background = mean if settings.mean_fill else torch.zeros_like(mean)
+    samples = surface_samples(geometry, settings)
+    source = rearrange(geometry.rgb, "h w c -> 1 c h w") / 255
+    yield geometry.rgb, torch.ones_like(geometry.valid)
+    for pose, K in zip(poses[1:], intrinsics[1:]):
+        rgb, xy, visible = splat(samples, source_pose @ pose, K, tuple(geometry.depth.shape))
+        if settings.hole_radius:
+            rgb, visible = fill_holes(rgb, xy, visible, source, settings.hole_radius, settings.min_neighbors)
+        yield compose(rgb, visible, background), visible
+
+
+def to_video(frames: Tensor, visible: Tensor, size: tuple[int, int]) -> Warp:
+    """8-bit frames [T,h,w,3] and masks [T,h,w] -> `Warp` at the video size (H, W)."""
+    video = resize(rearrange(frames, "t h w c -> t c h w") / 255, size) * 2 - 1
+    mask = resize(visible[:, None].float(), size).clamp(0, 1)
+    return Warp(rearrange(video, "t c h w -> 1 c t h w"), rearrange(mask, "t 1 h w -> 1 1 t h w"))
+
+
+def render(geometry: Geometry, poses: Tensor, size: tuple[int, int], settings: RenderSettings = RenderSettings(),
+           intrinsics: Tensor | None = None) -> Warp:
+    """All frames of `render_frames` at the video size (H, W)."""
+    frames, visible = zip(*render_frames(geometry, poses, settings, intrinsics))
+    return to_video(torch.stack(frames), torch.stack(visible), size)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal() and int(height) > 0 and int(width) > 0):
+        raise ValueError(f"--size {text!r}: expected HEIGHTxWIDTH, as in 384x640")
+    return int(height), int(width)
+
+
+def preview(args: argparse.Namespace) -> None:
+    """Render the path that the arguments describe; write the warp, its mask, a contact sheet and a top view."""
+    size, out = parse_size(args.size), Path(args.out)
+    path = load_path(args.poses) if args.poses else CameraPath(move_path(args.move))
+    fov_x, fps = path.fov_x or args.fov, path.fps or 16.0
+    count = len(path.c2w) if args.frames is None else args.frames
+    if count < 1:
+        raise ValueError(f"--frames {count}: expected at least 1")
+    image = media.fit_image(media.load_image(args.image), size)
+    depth = media.load_depth(args.depth) if args.depth else torch.ones(1, 1)
+    geometry = geometry_from_depth(image, depth, pinhole(fov_x, *size))
+    scale = 0.1 * median_depth(geometry)
+    poses = normalize(scale_translation(path.c2w, scale), count)
+    mask_out, sheet_out, view_out = (out.with_name(out.stem + end) for end in ("_mask.mp4", "_sheet.png", "_path.png"))
+    picks, tiles = set(media.evenly_spaced(count, 8)), []
+    with media.VideoWriter(out, fps, size) as video, media.VideoWriter(mask_out, fps, size) as mask:
+        for index, (rgb, visible) in enumerate(render_frames(geometry, poses)):
+            warp = to_video(rgb[None], visible[None], size)
+            pair = [rearrange(to_u8(x[0, :, 0]), "c h w -> h w c") for x in (warp.frames / 2 + 0.5, warp.visible)]
+            pair = [pair[0].numpy(), pair[1].expand(-1, -1, 3).numpy()]
+            video.write(pair[0])
+            mask.write(pair[1])
+            if index in picks:
+                tiles.append(pair)
+    media.save_png(sheet_out, media.contact_sheet(dict(zip(("warp", "mask"), map(np.stack, zip(*tiles))))))
+    ground = [0, 2]  # x and z
+    points = geometry.points[geometry.valid][:, ground].numpy(), geometry.rgb[geometry.valid].numpy()
+    media.save_png(view_out, media.top_view(*points, poses[:, ground, 3].numpy(), poses[:, ground, 2].numpy()))
+    print(f"{count} frames, horizontal field of view {fov_x:g} degrees, translation scale {scale:.4g}")
+    print("geometry:", args.depth or "no --depth, so the picture stands on a plane at depth 1")
+    print("wrote", out, mask_out, sheet_out, view_out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    about = "Preview a camera path: warp, mask, contact sheet, top view."
+    parser = argparse.ArgumentParser("render.py", usage=argparse.SUPPRESS, description=about)  # one line an error
+    parser.add_argument("--image", required=True, help="first frame")
+    camera = parser.add_mutually_exclusive_group(required=True)
+    camera.add_argument("--poses", help='camera-to-world poses: {"c2w": ...} .json or camera_poses .npz')
+    camera.add_argument("--move", help=f'such as "forward 1, yaw -20 + up 1, hold"; verbs: {", ".join(VERBS)}, hold')
+    parser.add_argument("--depth", help="depth map of the image: .npy, .npz or 16-bit picture; without it a plane")
+    parser.add_argument("--fov", type=float, default=55, help="horizontal degrees, if the camera file has none (55)")
+    parser.add_argument("--size", default="384x640", help="video HEIGHTxWIDTH (384x640)")
+    parser.add_argument("--frames", type=int, help="cut or pad the path to this many frames")
+    parser.add_argument("--out", default="warp.mp4", help="video to write; the others go beside it (warp.mp4)")
+    try:
+        preview(parser.parse_args(argv))
+    except (ValueError, OSError) as error:
+        print(f"render.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""sample.py as a user runs it: every way in, lengths, what is left behind, and bad input."""
+
+import json
+import shutil
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import goldens
+from goldens import DISTILLED, HELIOS, check
+from sample import main
+
+SIZE = 64, 128
+RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
+CASES = goldens.cases(HELIOS / "pipeline_cases.json")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, with the official runs' inputs as files."""
+    monkeypatch.chdir(tmp_path)
+    with np.load(HELIOS / "pipeline_inputs.npz") as file:
+        inputs = dict(file)
+    Image.fromarray(inputs["image"]).save("image.png")
+    np.save("warp.npy", inputs["warp"])
+    np.save("mask.npy", inputs["mask"])
+    c2w = np.tile(np.eye(4), (33, 1, 1))
+    c2w[:, 2, 3] = np.linspace(0, 1, 33)
+    (tmp_path / "poses.json").write_text(json.dumps({"c2w": c2w.tolist(), "fps": 12}))
+    np.save("depth.npy", np.linspace(3, 1, 64, dtype=np.float32)[:, None].repeat(128, 1))
+    return tmp_path
+
+
+def sample(*words: str, weights=DISTILLED) -> int:
+    return main(["--weights", str(weights), "--size", "64x128", "--device", "cpu", *words])
+
+
+def frames(path: str) -> np.ndarray:
+    with imageio.get_reader(path) as reader:
+        return np.stack([frame for frame in reader])
+
+
+@pytest.mark.parametrize("case, extra", [
+    ("wah_2c", []), ("wah_2c_lora", ["--lora", str(HELIOS / "lora_noprefix.safetensors")]),
+    ("wah_1c_norope", ["--ablate", "no-align"]), ("wah_1c_nodrop", ["--ablate", "no-drop"]),
+    ("wah_1c_nowarpnoise", ["--ablate", "no-noise"]),
+])
+def test_official_latents(place, case, extra):
+    """From files to the official latents of the same seed."""
+    desc = CASES[case]["desc"]
+    status = sample("--image", "image.png", "--warp", "warp.npy", "--mask", "mask.npy", "--prompt", CASES["_common"]["prompt"],
+                    "--frames", str(desc["num_frames_arg"]), "--seed", str(desc["seed"]), "--save-latents", "x.safetensors", *extra)
+    assert status == 0
+    latents = load_file("x.safetensors")["latents"]
+    full = f"{case}.latents" in RUNS
+    actual, expected = (latents, RUNS[f"{case}.latents"]) if full else (latents[:, 1::5], RUNS[f"{case}.latents_ch"])
+    check("sample.py, latents, max", actual, expected, 3e-4)
+
+
+@pytest.mark.parametrize("words, length, led", [
+    (["--image", "image.png", "--poses", "poses.json", "--depth", "depth.npy"], 33, True),
+    (["--image", "image.png", "--poses", "poses.json", "--frames", "40"], 40, True),  # the last pose holds
+    (["--image", "image.png", "--move", "forward 1, yaw -20"], 66, True),
+    (["--image", "image.png", "--warp", "warp.npy", "--frames", "10"], 10, True),
+    (["--image", "image.png", "--frames", "5"], 5, False),
+    (["--image", "warp.npy", "--frames", "5"], 5, False),  # a video is continued
+    ([], 33, False),
+])
+def test_lengths_and_files(place, words, length, led):
+    assert sample("--out", "out.mp4", *words) == 0
+    assert frames("out.mp4").shape == (length, *SIZE, 3)
+    made = {"out.mp4", "out_sheet.png"} | ({"out_warp.mp4"} if led else set())
+    given = {"image.png", "warp.npy", "mask.npy", "poses.json", "depth.npy"}
+    assert {path.name for path in place.iterdir()} == made | given
+    if led:
+        assert frames("out_warp.mp4").shape == (length, *SIZE, 3)
+
+
+def test_warp_goes_with_the_poses(place):
+    """The warp video starts with the picture, and moving forward enlarges what is in the middle."""
+    assert sample("--image", "image.png", "--poses", "poses.json", "--depth", "depth.npy") == 0
+    warp, picture = frames("out_warp.mp4").astype(float), np.asarray(Image.open("image.png")).astype(float)
+    assert abs(warp[0] - picture).mean() < 12  # mp4 and two resizings lie between
+    assert abs(warp[-1] - warp[0]).mean() > 3
+
+
+def test_same_seed_same_video(place):
+    words = ["--image", "image.png", "--move", "up 1", "--save-latents", "x.safetensors"]
+    made = []
+    for seed in ("1", "1", "2"):
+        assert sample(*words, "--seed", seed) == 0
+        made.append(load_file("x.safetensors")["latents"])
+    assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "I;16"])
+def test_pictures_of_other_kinds(place, mode):
+    picture = Image.open("image.png")
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257)
+    else:
+        picture = picture.convert(mode)
+    picture.save("other.png")
+    assert sample("--image", "other.png", "--frames", "2") == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def refused(capsys, place, words: list[str], *parts: str, weights=DISTILLED) -> None:
+    """Exit status 2, one line on stderr that says `parts`, and no file made or changed."""
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    assert sample(*words, weights=weights) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sample.py: error: ") and all(part in error for part in parts), error
+    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+
+
+def poses_with(change) -> None:
+    c2w = np.tile(np.eye(4), (33, 1, 1))
+    change(c2w)
+    with open("bad.json", "w") as file:
+        json.dump({"c2w": c2w.tolist()}, file)
+
+
+LED = ["--image", "image.png", "--move", "forward 1"]
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["--image", "none.png"], ["none.png"]),
+    (["--image", "poses.json", "--move", "hold"], ["poses.json"]),
+    (["--move", "hold"], ["--image"]),
+    (LED + ["--size", "64x100"], ["64x100", "64"]),
+    (LED + ["--size", "64"], ["--size"]),
+    (LED + ["--frames", "0"], ["--frames"]),
+    (LED + ["--ablate", "no-such"], ["no-such"]),
+    (LED + ["--lora", "none.safetensors"], ["none.safetensors"]),
+    (LED + ["--depth", "none.npy"], ["none.npy"]),
+    (LED + ["--mask", "mask.npy"], ["--mask", "--warp"]),
+    (["--image", "image.png", "--depth", "depth.npy"], ["--depth"]),
+    (["--image", "image.png", "--lora", str(HELIOS / "lora_prefix.safetensors")], ["--lora"]),
+    (["--image", "image.png", "--move", "fly 3"], ["fly"]),
+    (["--image", "image.png", "--poses", "none.json"], ["none.json"]),
+    (["--image", "image.png", "--warp", "warp.npy", "--frames", "100"], ["warp.npy", "99", "100"]),
+    (["--image", "image.png", "--warp", "mask.npy"], ["mask.npy"]),
+    (LED + ["--out", "no/such/folder/out.mp4"], ["no/such/folder"]),
+    (LED + ["--out", "out.txt"], ["out.txt", ".mp4"]),
+])
+def test_bad_words(capsys, place, words, parts):
+    refused(capsys, place, words, *parts)
+
+
+def test_bad_poses(capsys, place):
+    words = ["--image", "image.png", "--poses", "bad.json"]
+    poses_with(lambda c2w: c2w[7].__setitem__((0, 3), np.nan))
+    refused(capsys, place, words, "bad.json", "7")
+    poses_with(lambda c2w: c2w[3].__setitem__((0, 0), -1))
+    refused(capsys, place, words, "bad.json", "3")
+    poses_with(lambda c2w: c2w[5].__imul__(2))
+    refused(capsys, place, words, "bad.json", "5")
+
+
+def test_bad_masks(capsys, place):
+    np.save("short.npy", np.load("mask.npy")[:98])
+    words = ["--image", "image.png", "--warp", "warp.npy", "--mask"]
+    refused(capsys, place, words + ["short.npy"], "98", "99")
+    refused(capsys, place, words + ["warp.npy"], "warp.npy")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_bad_checkpoints(capsys, place, part):
+    """A truncated file, a missing one, and one of the wrong shapes."""
+    weights = place / "weights"
+    shutil.copytree(DISTILLED, weights)
+    file = sorted((weights / part).glob("*.safetensors"))[-1]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    refused(capsys, place, LED, file.name, weights=weights)
+    file.unlink()
+    refused(capsys, place, LED, part, weights=weights)
+    file.write_bytes(whole)
+    config = json.loads((weights / part / "config.json").read_text())
+    key = {"transformer": "ffn_dim", "vae": "base_dim", "text_encoder": "d_ff"}[part]
+    (weights / part / "config.json").write_text(json.dumps(config | {key: config[key] * 2}))
+    refused(capsys, place, LED, "shape", weights=weights)
+
+
+def test_missing_checkpoint(capsys, place):
+    refused(capsys, place, LED, "nowhere", weights="nowhere")
+    weights = place / "weights"
+    shutil.copytree(DISTILLED, weights)
+    (weights / "tokenizer" / "spiece.model").unlink()
+    refused(capsys, place, LED, "spiece.model", weights=weights)

@@ -1,0 +1,286 @@
+"""The method and the rollout against the official runs: latents, frames, histories and the order of random draws."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import goldens
+from camera import move_path, normalize, scale_translation
+from flow import load_schedule
+from goldens import DISTILLED, HELIOS, check
+from media import fit_image
+from model import load_lora
+from render import Warp, geometry_from_depth, pinhole, render
+from wah import Camera, Options, Rollout, encode_prompts, load_models, load_options, make_warp, mask_latents
+
+RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
+HISTORIES = goldens.tensors(HELIOS / "pipeline_histories.safetensors")
+CASES = goldens.cases(HELIOS / "pipeline_cases.json")
+COMMON = CASES["_common"]
+SIZE = COMMON["height"], COMMON["width"]
+with np.load(HELIOS / "pipeline_inputs.npz") as file:
+    INPUTS = dict(file)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return load_models(DISTILLED, "cpu")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return encode_prompts(DISTILLED, COMMON["prompt"], lora=True, guided=True, device="cpu")
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """The draws of a run as the goldens list them: [kind, shape, dtype]."""
+    trace = []
+    for name in ("randn", "rand"):
+        original = getattr(torch, name)
+
+        def traced(*shape, name=name, original=original, **options):
+            result = original(*shape, **options)
+            trace.append([name, list(result.shape), str(result.dtype)])
+            return result
+
+        monkeypatch.setattr(torch, name, traced)
+    return trace
+
+
+def generator(case: str) -> torch.Generator:
+    return torch.Generator("cpu").manual_seed(CASES[case]["desc"]["seed"])
+
+
+def picture(name: str = "image") -> Image.Image:
+    return Image.fromarray(INPUTS[name])
+
+
+def compare(case: str, given: torch.Tensor, chunks: list, component: str, worst: float = 3e-4, mean: float = 3e-5) -> None:
+    """Latents (what was given in front, as the official latent output has it) and, where recorded, frames."""
+    latents = torch.cat([given] + [chunk.latents for chunk in chunks], dim=2)
+    assert list(latents.shape) == CASES[case]["latents_shape"]
+    full = f"{case}.latents" in RUNS
+    actual, expected = (latents, RUNS[f"{case}.latents"]) if full else (latents[:, 1::5], RUNS[f"{case}.latents_ch"])
+    check(f"{component}, latents, max", actual, expected, worst)
+    check(f"{component}, latents, mean", (actual - expected).abs().mean(), torch.tensor(0.0), mean)
+    if f"{case}.frames_sub" in RUNS:
+        expected = RUNS[f"{case}.frames_sub"]
+        frames = torch.cat([chunk.frames for chunk in chunks], dim=2)[0].permute(1, 2, 3, 0).div(2).add(0.5).clamp(0, 1)
+        frames = frames[:len(expected), 1::8, 2::8]
+        check(f"{component}, frames, max", frames, expected, 3e-4)
+        check(f"{component}, frames, mean", (frames - expected).abs().mean(), torch.tensor(0.0), 3e-5)
+
+
+def warp_of(frames: slice) -> Warp:
+    return make_warp(INPUTS["warp"][frames], INPUTS["mask"][frames] / np.float32(255), SIZE)
+
+
+def history_of(rollout: Rollout) -> list:
+    """Collect the first stage's history of every chunk."""
+    seen, original = [], rollout.warp_history
+    rollout.warp_history = lambda warp: seen.append(original(warp)) or seen[-1]
+    return seen
+
+
+def compare_history(case: str, chunk: int, history) -> None:
+    prefix = f"{case}.hist.chunk{chunk}."
+    recorded = {key.removeprefix(prefix): value for key, value in HISTORIES.items() if key.startswith(prefix)}
+    if not recorded:
+        return
+    assert torch.equal(history.indices[None], recorded["indices_hidden_states"])
+    for name in ("short", "mid", "long"):
+        band, indices = getattr(history, name), recorded.get(f"indices_latents_history_{name}")
+        assert (band is None) == (indices is None)
+        if band is None:
+            continue
+        assert torch.equal(band.indices[None], indices)
+        tolerance = 2e-5 if chunk == 0 else 1e-4
+        check(f"history of chunk {chunk}", band.visible, recorded[f"history_visible_mask_{name}"], tolerance)
+        for suffix, step in (("", 1), ("_ch", 5)):
+            key = f"latents_history_{name}{suffix}"
+            if key in recorded:
+                check(f"history of chunk {chunk}", band.latents[:, step > 1::step], recorded[key], tolerance)
+
+
+WARPED = {  # run -> what its recorded options mean here
+    "wah_1c": {}, "wah_2c": {}, "wah_3c": {}, "wah_1c_lora": {}, "wah_2c_lora": {},
+    "wah_1c_norope": {"align": False}, "wah_1c_nodrop": {"drop": False}, "wah_1c_nowarpnoise": {"warp_noise": False},
+    "wah_1c_nomask": {}, "wah_1c_sigma": {"warp_sigma": (0.3, 0.5)}, "wah_1c_noamplify": {"amplify_first_chunk": False},
+    "wah_2c_imgnoise": {"image_noise": True}, "wah_2c_prevhist": {"previous": (4, 2, 1)},
+    "wah_2c_prev0": {"previous": (0, 0, 0)},
+}
+
+
+@pytest.mark.parametrize("case", WARPED)
+def test_warp_runs(models, prompts, draws, case):
+    lora = load_lora(HELIOS / "lora_noprefix.safetensors") if "lora" in case else None
+    rollout = Rollout(models, prompts, SIZE, generator(case), image=fit_image(picture(), SIZE, crop=False), lora=lora,
+                      options=replace(load_options(DISTILLED), **WARPED[case]))
+    histories, chunks = history_of(rollout), []
+    for start in range(0, CASES[case]["desc"]["warp_frames"], 33):
+        warp = warp_of(slice(start, start + 33))
+        if case == "wah_1c_nomask":
+            warp = make_warp(INPUTS["warp"][:33], None, SIZE)
+        chunks.append(rollout.next(warp=warp))
+    compare(case, rollout.given, chunks, "warp runs")
+    assert draws == CASES[case]["rng_trace"]
+    for index, history in enumerate(histories):
+        compare_history(case, index, history)
+    if f"{case}.frame_last" in RUNS:
+        last = chunks[-1].frames[0, :, -1].permute(1, 2, 0).div(2).add(0.5).clamp(0, 1)
+        check("warp runs, frames, max", last, RUNS[f"{case}.frame_last"], 3e-4)
+
+
+def test_resized_inputs(models, prompts):
+    case = "wah_1c_resized_inputs"
+    mask = INPUTS["mask"][:30, ::2, ::2] / np.float32(255)
+    warp = make_warp(INPUTS["warp_small"], mask, SIZE)
+    rollout = Rollout(models, prompts, SIZE, generator(case), image=fit_image(picture("image_other"), SIZE, crop=False))
+    compare(case, rollout.given, [rollout.next(warp=warp)], "warp runs, resized")
+
+
+@pytest.mark.parametrize("case", ["wah_3c_camera_stub", "wah_2c_camera_stub_ar"])
+def test_windows_of_34_frames(models, prompts, draws, case):
+    """Later windows start with the frame before: latents are those of the last 33, the mask is one frame ahead."""
+    rollout = Rollout(models, prompts, SIZE, generator(case), image=fit_image(picture("image_other"), SIZE))
+    chunks = [rollout.next(warp=warp_of(slice(max(33 * chunk - 1, 0), 33 * chunk + 33)))
+              for chunk in range(len(CASES[case]["camera_calls"]))]
+    compare(case, rollout.given, chunks, "warp runs of 34 frames")
+    if "rng_trace" in CASES[case]:
+        assert draws == CASES[case]["rng_trace"]
+
+
+@pytest.mark.parametrize("case", ["native_i2v_1c", "native_i2v_2c", "native_t2v_2c", "native_t2v_1c_noamplify", "native_v2v_1c"])
+def test_native_runs(models, prompts, draws, case):
+    asked = CASES[case]["desc"]["options"]
+    options = replace(load_options(DISTILLED), image_noise=asked.get("add_noise_to_image_latents", False),
+                      amplify_first_chunk=asked.get("is_amplify_first_chunk", True))
+    image = fit_image(picture(), SIZE, crop=False) if "image" in asked else None
+    video = make_warp(INPUTS["warp"][:35], None, SIZE).frames if "video" in asked else None
+    rollout = Rollout(models, prompts, SIZE, generator(case), image=image, video=video, options=options)
+    chunks = [rollout.next() for _ in range(-(-asked.get("num_frames", 33) // 33))]
+    compare(case, rollout.given, chunks, "native runs")
+    assert draws == CASES[case]["rng_trace"]
+
+
+GUIDED = {  # run -> schedule and options (the base run's scheduler is described in the specification)
+    "mid_t2v_cfgzero": ({}, {"zero_star": True}), "mid_i2v_cfgzero": ({}, {"zero_star": True, "zero_steps": None}),
+    "mid_t2v_plaincfg_euler_nodyn": ({"sampler": "euler", "use_dynamic_shifting": False}, {}),
+    "base_t2v_stage1_unipc": ({"stages": 1, "stage_range": (0, 1)}, {}),
+}
+
+
+@pytest.mark.parametrize("case", GUIDED)
+def test_guided_runs(models, prompts, draws, case):
+    asked = CASES[case]["desc"]["options"]
+    schedule_change, change = GUIDED[case]
+    schedule = replace(load_schedule(HELIOS / "mid"), **schedule_change)
+    steps = asked.get("pyramid_num_inference_steps_list", [asked.get("num_inference_steps")])
+    options = Options(steps=tuple(steps), guidance=asked["guidance_scale"], amplify_first_chunk=False,
+                      image_noise=asked.get("add_noise_to_image_latents", False), **change)
+    image = fit_image(picture(), SIZE, crop=False) if "image" in asked else None
+    rollout = Rollout(replace(models, schedule=schedule), prompts, SIZE, generator(case), image=image, options=options)
+    compare(case, rollout.given, [rollout.next()], "guided runs", 5e-3, 3e-4)
+    assert draws == CASES[case]["rng_trace"]
+
+
+# ---------------------------------------------------------------------------------------------------------- properties
+
+
+def room_camera(size) -> Camera:
+    image = fit_image(picture(), size)
+    depth = torch.linspace(3, 1, 64)[:, None].expand(64, 128)
+    return Camera(geometry_from_depth(image, depth, pinhole(60, *size)), size)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+def test_the_first_stage_alone_is_led(models, prompts, stages):
+    """Warp, LoRA and trigger belong to the first of however many stages; the size check follows from their number."""
+    schedule = replace(models.schedule, stages=stages, stage_range=tuple(i / stages for i in range(stages)) + (1,))
+    size = 64, 64 + 16 * 2 ** (stages - 1)
+    lora = load_lora(HELIOS / "lora_noprefix.safetensors")
+    transformer, seen = models.transformer, []
+    options = Options(steps=(1,) * stages)
+    rollout = Rollout(replace(models, schedule=schedule), prompts, size, torch.Generator().manual_seed(1), lora=lora,
+                      image=fit_image(picture(), size), camera=room_camera(size), options=options)
+    prepare = rollout.velocity_for
+
+    def velocity_for(stage, shape, history):
+        seen.append((stage, tuple(shape[-2:]), history.short.latents.shape[2], history.short.visible is not None,
+                     transformer.blocks[0].attn1.to_q.adapter is not None, history.threshold))
+        return prepare(stage, shape, history)
+
+    rollout.velocity_for = velocity_for
+    chunk = rollout.next(poses=move_path("forward 1"))
+    assert set(rollout.text_cache) == ({"trigger"} if stages == 1 else {"trigger", "plain"})
+    first = size[0] // 8 >> (stages - 1), size[1] // 8 >> (stages - 1)
+    assert seen[0] == (0, first, 11, True, True, options.threshold)
+    for stage, shape, frames, masked, led, _ in seen[1:]:
+        assert (frames, masked, led) == (2, False, False) and shape == (first[0] << stage, first[1] << stage)
+    assert len(seen) == stages and chunk.latents.shape[-2:] == (size[0] // 8, size[1] // 8)
+    assert transformer.blocks[0].attn1.to_q.adapter is None
+    if stages > 1:
+        with pytest.raises(ValueError, match=f"multiples of {16 << (stages - 1)}"):
+            Rollout(replace(models, schedule=schedule), prompts, (size[0], size[1] + 16), torch.Generator(), options=options)
+
+
+def test_poses_are_rendered_from_the_first_frame(models, prompts):
+    """Two chunks of poses give the warps of one long path, seen from the picture's own camera."""
+    path, camera = move_path("right 2, yaw 15"), room_camera(SIZE)
+    whole = render(camera.geometry, normalize(scale_translation(path, camera.unit), 66), SIZE)
+    rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=fit_image(picture(), SIZE), camera=camera)
+    warps = [rollout.next(poses=part).warp for part in path.split(33)]
+    assert torch.equal(torch.cat([warp.frames for warp in warps], dim=2), whole.frames)
+    assert torch.equal(torch.cat([warp.visible for warp in warps], dim=2), whole.visible)
+
+
+def test_mask_lag_is_an_option(models, prompts):
+    """Of 34 frames the mask is read at 0, 4, ... (official) or, with the option off, at 1, 5, ... like the latents."""
+    visible = torch.arange(34.0).div(34).view(1, 1, 34, 1, 1).expand(-1, -1, -1, *SIZE)
+    for lag, first in ((True, 0), (False, 1)):
+        rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), options=Options(mask_lag=lag))
+        _, latents = rollout.warp_latents(Warp(torch.zeros(1, 3, 34, *SIZE), visible))
+        torch.testing.assert_close(latents[0, 0, :, 0, 0], torch.arange(first, 33 + first, 4).div(34))
+
+
+def test_memory_of_a_rollout_is_bounded(models, prompts):
+    """What a rollout keeps between chunks does not grow."""
+    rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=fit_image(picture(), SIZE))
+
+    def kept() -> int:
+        return sum(value.untyped_storage().nbytes() for value in vars(rollout).values() if isinstance(value, torch.Tensor))
+
+    sizes = []
+    for _ in range(6):
+        rollout.next()
+        sizes.append(kept())
+    assert sizes[-1] == sizes[-2] == sizes[-3]
+
+
+def test_clear_errors(models, prompts):
+    generator = torch.Generator().manual_seed(1)
+    with pytest.raises(ValueError, match="multiples of 64"):
+        Rollout(models, prompts, (64, 100), generator)
+    with pytest.raises(ValueError, match="3 stages"):
+        Rollout(models, prompts, SIZE, generator, options=Options(steps=(2, 2)))
+    with pytest.raises(ValueError, match="at least 33 frames"):
+        Rollout(models, prompts, SIZE, generator, video=torch.zeros(1, 3, 32, *SIZE))
+    with pytest.raises(ValueError, match="needs the image"):
+        Rollout(models, prompts, SIZE, generator).next(warp=warp_of(slice(0, 33)))
+    with pytest.raises(ValueError, match="has 33 frames"):
+        Rollout(models, prompts, SIZE, generator, image=fit_image(picture(), SIZE)).next(warp=warp_of(slice(0, 32)))
+
+
+POSES = goldens.tensors(goldens.GEOMETRY / "poses.safetensors")
+
+
+@pytest.mark.parametrize("name", ["chunk0", "later"])
+def test_mask_latents(name):
+    """On this golden's grid of 8 pixels a latent, the mask resized to the latent grid at every fourth frame."""
+    mask, expected = POSES[f"mask/{name}_in"], POSES[f"mask/{name}_latent"]
+    actual = mask_latents(mask[None, None].float())
+    check("mask on the latent grid", actual, expected, 1e-6)

@@ -1,0 +1,164 @@
+"""Prompt -> embeddings: cleaning, sentencepiece, UMT5 encoder (`tokenizer/`, `text_encoder/` of a checkpoint).
+
+Reproduces the text path of the official Helios pipeline (diffusers' Wan prompt cleaning, transformers' T5 tokenizer and
+UMT5EncoderModel) under the checkpoint's own parameter names. The official encoder sees the prompt padded to 512 tokens,
+masks the padding as keys and zeroes its rows afterwards; attention bias depends on relative positions only, so here
+just the prompt's own tokens are run and zeros appended: the same numbers at a fraction of the work.
+Left out: the T5 decoder, dropout, plain (ungated) feed-forward layers, and batches of prompts of different length.
+"""
+
+import html
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import ftfy
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from sentencepiece import SentencePieceProcessor
+from torch import Tensor
+
+END = 1  # id of </s>; 0 is <pad>, and there is no token for the beginning
+
+
+def clean(prompt: str) -> str:
+    """Repair mojibake and curly quotes, unescape HTML (twice, for &amp;amp;), collapse white space."""
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
+class Tokenizer:
+    """The sentencepiece model of a `tokenizer/` folder, or a `spiece.model` itself.
+
+    Characters outside the vocabulary become byte pieces if the model has them, as in transformers 4.51; transformers
+    5 gives <unk> instead. ValueError if the file is missing or not a sentencepiece model.
+    """
+
+    def __init__(self, path: str | Path):
+        file = Path(path, "spiece.model") if Path(path).is_dir() else Path(path)
+        try:
+            self.model = SentencePieceProcessor(model_file=str(file))
+        except (OSError, RuntimeError) as error:  # which of them depends on its version
+            raise ValueError(f"{file}: expected a sentencepiece model, found {error}") from None
+
+    def __call__(self, text: str, max_length: int = 512) -> list[int]:
+        """Cleaned text -> ids, cut so that with the final </s> there are at most `max_length`; not padded."""
+        return self.model.encode(text)[: max_length - 1] + [END]
+
+
+@dataclass(frozen=True)
+class UMT5Config:
+    """Keys of `text_encoder/config.json`, spelt as there; the defaults are the released UMT5-XXL."""
+
+    vocab_size: int = 256384
+    d_model: int = 4096
+    d_kv: int = 64  # width of a head
+    d_ff: int = 10240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128  # from here on all distances share the last bucket
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"
+
+    def __post_init__(self):
+        if self.feed_forward_proj != "gated-gelu":
+            raise ValueError(f"text_encoder config: feed_forward_proj is {self.feed_forward_proj}, expected gated-gelu")
+
+
+def distance_buckets(length: int, buckets: int, max_distance: int, device: torch.device) -> Tensor:
+    """Bucket of every (query, key) pair [length, length]: half of them for keys at or before the query, half after.
+
+    Of each half, the first half holds one distance each, the rest widen logarithmically up to `max_distance`.
+    """
+    position = torch.arange(length, device=device)
+    offset = position[None, :] - position[:, None]  # key - query
+    half, exact = buckets // 2, buckets // 4
+    distance = offset.abs()
+    octave = torch.log(distance.float() / exact) / math.log(max_distance / exact) * (half - exact)  # fp32 as officially
+    far = (exact + octave.clamp_min(0).long()).clamp_max(half - 1)  # clamped below as log(0) has no integer
+    return torch.where(distance < exact, distance, far) + half * (offset > 0)
+
+
+class SelfAttention(nn.Module):
+    """Attention with a bias by relative position, an own one in every layer, and without the 1/sqrt(d) scale."""
+
+    def __init__(self, config: UMT5Config):
+        super().__init__()
+        inner = config.num_heads * config.d_kv
+        self.num_heads = config.num_heads
+        self.q = nn.Linear(config.d_model, inner, bias=False)
+        self.k = nn.Linear(config.d_model, inner, bias=False)
+        self.v = nn.Linear(config.d_model, inner, bias=False)
+        self.o = nn.Linear(inner, config.d_model, bias=False)
+        self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
+
+    def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
+        q, k, v = (rearrange(layer(x), "b n (h d) -> b h n d", h=self.num_heads) for layer in (self.q, self.k, self.v))
+        bias = rearrange(self.relative_attention_bias(buckets), "q k h -> 1 h q k")
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
+        return self.o(rearrange(y, "b h n d -> b n (h d)"))
+
+
+class GatedFeedForward(nn.Module):
+    def __init__(self, config: UMT5Config):
+        super().__init__()
+        self.wi_0 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wi_1 = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.wo = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: UMT5Config):
+        super().__init__()
+        norms = [nn.RMSNorm(config.d_model, config.layer_norm_epsilon) for _ in range(2)]
+        self.layer = nn.ModuleList([
+            nn.ModuleDict({"layer_norm": norms[0], "SelfAttention": SelfAttention(config)}),
+            nn.ModuleDict({"layer_norm": norms[1], "DenseReluDense": GatedFeedForward(config)}),
+        ])
+
+    def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
+        attention, feed_forward = self.layer
+        x = x + attention["SelfAttention"](attention["layer_norm"](x), buckets)
+        return x + feed_forward["DenseReluDense"](feed_forward["layer_norm"](x))
+
+
+class UMT5Encoder(nn.Module):
+    """Token ids [B, N] without padding -> last hidden state [B, N, d_model].
+
+    In bf16 all weights are bf16; norms and softmax are fp32 inside and rounded once (officially a norm also before its
+    weight, and the attention scores before the softmax).
+    """
+
+    Config = UMT5Config
+    fp32: tuple[str, ...] = ()
+    aliases: dict[str, str] = {"encoder.embed_tokens.weight": "shared.weight"}  # a file may hold either or both
+
+    def __init__(self, config: UMT5Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.d_model)
+        self.encoder = nn.Module()  # a mere name in the checkpoint's keys
+        self.encoder.block = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.encoder.final_layer_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        config = self.config
+        buckets = distance_buckets(
+            ids.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance, ids.device
+        )
+        x = self.shared(ids)  # not scaled by sqrt(d_model)
+        for block in self.encoder.block:
+            x = block(x, buckets)
+        return self.encoder.final_layer_norm(x)
+
+
+def encode_prompt(tokenizer: Tokenizer, encoder: UMT5Encoder, prompt: str, max_length: int = 512) -> Tensor:
+    """Prompt as the user wrote it -> [1, max_length, d_model], zero from the end of the prompt on."""
+    ids = tokenizer(clean(prompt), max_length)
+    x = encoder(torch.tensor([ids], device=encoder.shared.weight.device))  # [1, len(ids), d_model]
+    return F.pad(x, (0, 0, 0, max_length - len(ids)))

@@ -1,0 +1,308 @@
+"""Wan 2.1 causal video VAE: pixels <-> latents, 8x smaller in space and 4x in time (`vae/` of a checkpoint).
+
+Frame 0 stands alone and every latent frame after it holds four pixel frames, so 1 + 4k frames <-> 1 + k latent
+frames. Time convolutions only look back: a video goes through in groups (1, 4, 4, ... frames; 1, 1, ... latent frames),
+each time convolution handing its last input frames to the next group. Memory thus does not grow with the length.
+Reproduces diffusers' AutoencoderKLWan as Helios uses it, under the checkpoint's own parameter names.
+Inside, a video is a batch of pictures `[T, C, H, W]` in channels_last: per-frame layers are plain 2D layers and a
+3D convolution is the sum of a 2D one per time tap, without padded copies and much faster than conv3d on a CPU.
+Left out: tiling, slicing, per-level attention and the residual variant of Wan 2.2.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+Cache = dict[nn.Module, Tensor]  # of one encode or decode: time convolution -> its last input frames
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Keys of `vae/config.json`, spelt as there; the defaults are the released Wan 2.1 VAE."""
+
+    base_dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)  # widths of the levels, in base_dim; space is halved between levels
+    num_res_blocks: int = 2
+    temperal_downsample: tuple[bool, ...] = (False, True, True)  # between which levels time is halved too
+    latents_mean: tuple[float, ...] = (
+        -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+        0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+    )
+    latents_std: tuple[float, ...] = (
+        2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+    )
+    attn_scales: tuple[float, ...] = ()  # this and what follows: only so that other variants are refused
+    is_residual: bool = False
+    patch_size: int | None = None
+    decoder_base_dim: int | None = None
+
+    def __post_init__(self):
+        for key in ("attn_scales", "is_residual", "patch_size", "decoder_base_dim"):
+            if getattr(self, key):
+                raise ValueError(f"vae config: {key} is {getattr(self, key)}, expected none (Wan 2.1, not 2.2)")
+
+
+class TimeConv(nn.Conv3d):
+    """Causal 3D convolution: the output at frame t sees frame t and the frames before it. `stride` is that of time."""
+
+    def __init__(self, dim_in: int, dim_out: int, taps: int, size: int, stride: int = 1):
+        super().__init__(dim_in, dim_out, (taps, size, size), (stride, 1, 1), (0, size // 2, size // 2))
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [T, C, H, W] -> [T / stride, C', H, W]
+        taps, stride, padding = self.kernel_size[0], self.stride[0], self.padding[1:]
+        if self not in cache:  # frame 0, always alone: zeros lie before it, so only the last tap counts
+            cache[self] = torch.cat([torch.zeros_like(x), x])
+            return F.conv2d(x, self.weight[:, :, -1], self.bias, padding=padding)
+        frames = torch.cat([cache[self], x])
+        cache[self] = frames[stride - taps :].clone()  # a view would keep all the frames in memory
+        span = len(frames) - taps + 1
+        y = F.conv2d(frames[:span:stride], self.weight[:, :, 0], self.bias, padding=padding)
+        for tap in range(1, taps):
+            y += F.conv2d(frames[tap : tap + span : stride], self.weight[:, :, tap], padding=padding)
+        return y
+
+
+class PointConv(nn.Conv3d):
+    """1x1x1 convolution: a linear map of each pixel's channels."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(dim_in, dim_out, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight[:, :, 0], self.bias)
+
+
+class RMSNorm(nn.Module):
+    """x / |x| * sqrt(C) * gamma over each pixel's channels; eps, like the official max(|x|, 1e-12), only keeps 0 at 0."""
+
+    def __init__(self, dim: int, trailing: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim, *(1,) * trailing))  # the checkpoint has 3 or 2 trailing ones
+
+    def forward(self, x: Tensor) -> Tensor:
+        dim = x.shape[1]
+        return F.rms_norm(x.movedim(1, -1), (dim,), self.gamma.flatten(), 1e-24 / dim).movedim(-1, 1)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__()
+        self.norm1 = RMSNorm(dim_in, 3)
+        self.conv1 = TimeConv(dim_in, dim_out, 3, 3)
+        self.norm2 = RMSNorm(dim_out, 3)
+        self.conv2 = TimeConv(dim_out, dim_out, 3, 3)
+        self.conv_shortcut = PointConv(dim_in, dim_out) if dim_in != dim_out else nn.Identity()
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)), cache)
+        h = self.conv2(F.silu(self.norm2(h)), cache)
+        return self.conv_shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Each frame's pixels attend to each other, in one head."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = RMSNorm(dim, 2)
+        self.to_qkv = nn.Conv2d(dim, 3 * dim, 1)
+        self.proj = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.to_qkv(self.norm(x)), "t (three c) h w -> three t 1 (h w) c", three=3)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj(rearrange(y, "t 1 (h w) c -> t c h w", h=x.shape[2]))
+
+
+class MidBlock(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
+        self.attentions = nn.ModuleList([Attention(dim)])
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        x = self.attentions[0](self.resnets[0](x, cache))
+        return self.resnets[1](x, cache)
+
+
+class Downsample(nn.Module):
+    """Halves space, and with `time` also time: frame 0 stays, then two frames become one."""
+
+    def __init__(self, dim: int, time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
+        self.time_conv = TimeConv(dim, dim, 3, 1, stride=2) if time else None
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        x = self.resample(x)
+        if self.time_conv is None:
+            return x
+        if self.time_conv not in cache:  # frame 0 passes by, but is seen by the next window
+            cache[self.time_conv] = x
+            return x
+        return self.time_conv(x, cache)
+
+
+class Upsample(nn.Module):
+    """Doubles space and halves the channels; with `time` first doubles time: frame 0 stays, then one becomes two.
+
+    Officially the pictures are upsampled in fp32; nearest neighbours are only copied, so any dtype gives the same.
+    """
+
+    def __init__(self, dim: int, time: bool):
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.time_conv = TimeConv(dim, 2 * dim, 3, 1) if time else None
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        if self.time_conv is None:
+            return self.resample(x)
+        if self.time_conv not in cache:  # frame 0 passes by; kept for parity: the next frames see zeros in its place
+            cache[self.time_conv] = torch.zeros_like(x).expand(2, -1, -1, -1)
+            return self.resample(x)
+        x = rearrange(self.time_conv(x, cache), "t (two c) h w -> (t two) c h w", two=2)
+        return self.resample(x)
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
+        self.conv_in = TimeConv(3, dims[0], 3, 3)
+        self.down_blocks = nn.ModuleList()  # flat, as in the checkpoint
+        for level, (dim_in, dim) in enumerate(pairwise(dims)):
+            for block in range(config.num_res_blocks):
+                self.down_blocks.append(ResidualBlock(dim_in if block == 0 else dim, dim))
+            if level < len(config.temperal_downsample):
+                self.down_blocks.append(Downsample(dim, config.temperal_downsample[level]))
+        self.mid_block = MidBlock(dims[-1])
+        self.norm_out = RMSNorm(dims[-1], 3)
+        self.conv_out = TimeConv(dims[-1], 2 * config.z_dim, 3, 3)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [1 or 4, 3, H, W] -> [1, 2 * z_dim, H/8, W/8]
+        x = self.conv_in(x, cache)
+        for block in self.down_blocks:
+            x = block(x, cache)
+        x = self.mid_block(x, cache)
+        return self.conv_out(F.silu(self.norm_out(x)), cache)
+
+
+class DecoderLevel(nn.Module):
+    def __init__(self, dim_in: int, dim: int, blocks: int, upsampler: Upsample | None):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResidualBlock(dim_in if block == 0 else dim, dim) for block in range(blocks))
+        self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+        for block in (*self.resnets, *self.upsamplers):
+            x = block(x, cache)
+        return x
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        dims = [config.base_dim * mult for mult in reversed(config.dim_mult)]
+        doubles_time = config.temperal_downsample[::-1]
+        self.conv_in = TimeConv(config.z_dim, dims[0], 3, 3)
+        self.mid_block = MidBlock(dims[0])
+        self.up_blocks = nn.ModuleList()
+        dim_in = dims[0]
+        for level, dim in enumerate(dims):
+            upsampler = Upsample(dim, doubles_time[level]) if level < len(doubles_time) else None
+            self.up_blocks.append(DecoderLevel(dim_in, dim, config.num_res_blocks + 1, upsampler))
+            dim_in = dim // 2  # the upsampler halves it
+        self.norm_out = RMSNorm(dims[-1], 3)
+        self.conv_out = TimeConv(dims[-1], 3, 3, 3)
+
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [1, z_dim, h, w] -> [1 or 4, 3, 8h, 8w]
+        x = self.mid_block(self.conv_in(x, cache), cache)
+        for block in self.up_blocks:
+            x = block(x, cache)
+        return self.conv_out(F.silu(self.norm_out(x)), cache)
+
+
+class VAE(nn.Module):
+    """The whole VAE. Gradients are recorded as usual: call it under `torch.inference_mode()` to only run it.
+
+    Videos are `[1, 3, F, H, W]` in [-1, 1], raw latents `[1, z_dim, 1 + (F-1)//4, H/8, W/8]`, both in the dtype and on
+    the device of the weights. The transformer works on `normalize`d latents.
+    """
+
+    Config = VAEConfig
+    fp32: tuple[str, ...] = ()
+    aliases: dict[str, str] = {}
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.time_factor = 2 ** sum(config.temperal_downsample)  # 4
+        self.space_factor = 2 ** (len(config.dim_mult) - 1)  # 8
+        self.encoder = Encoder(config)
+        self.quant_conv = PointConv(2 * config.z_dim, 2 * config.z_dim)
+        self.post_quant_conv = PointConv(config.z_dim, config.z_dim)
+        self.decoder = Decoder(config)
+
+    def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Video -> (mean, logvar) of the raw latents; the mode of the posterior is its mean.
+
+        Frames after the last whole group of 4 are ignored, as officially. ValueError for a shape other than
+        [1, 3, F, H, W] with H and W multiples of 8.
+        """
+        time, space, shape = self.time_factor, self.space_factor, list(video.shape)
+        if len(shape) != 5 or shape[:2] != [1, 3] or shape[2] < 1 or shape[3] % space or shape[4] % space:
+            raise ValueError(f"VAE.encode: video is {shape}, expected [1, 3, F, H, W], H and W multiples of {space}")
+        cache: Cache = {}
+        starts = range(1, shape[2] - time + 1, time)
+        groups = [video[:, :, :1], *(video[:, :, start : start + time] for start in starts)]
+        moments = [self.quant_conv(self.encoder(to_frames(group), cache)) for group in groups]
+        mean, logvar = to_video(torch.cat(moments)).chunk(2, dim=1)
+        return mean, logvar
+
+    def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
+        """As `decode`, but yields the frames of each latent frame in turn: [1, 3, 1, H, W], then [1, 3, 4, H, W] each."""
+        z_dim, shape = self.config.z_dim, list(latents.shape)
+        if len(shape) != 5 or shape[:2] != [1, z_dim] or shape[2] < 1:
+            raise ValueError(f"VAE.decode: latents are {shape}, expected [1, {z_dim}, frames, height, width]")
+        cache: Cache = {}
+        for latent in latents.split(1, dim=2):
+            frames = self.decoder(self.post_quant_conv(to_frames(latent)), cache)
+            yield to_video(frames).clamp(-1, 1)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Raw latents -> the whole video [1, 3, 1 + 4 (k-1), H, W]. ValueError for a shape other than [1, z_dim, k, h, w]."""
+        return torch.cat(list(self.decode_stream(latents)), dim=2)
+
+    def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
+        """A draw from the posterior, given standard normal noise of the mean's shape."""
+        return mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Raw latents -> about zero mean and unit deviation per channel, as the transformer wants them."""
+        mean, scale = self._statistics()
+        return (latents - mean) * scale
+
+    def denormalize(self, latents: Tensor) -> Tensor:
+        """The transformer's latents -> raw latents, as `decode` wants them."""
+        mean, scale = self._statistics()
+        return latents / scale + mean  # kept for parity: over the rounded inverse, not times the deviation
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:  # mean and 1 / deviation, in the dtype of the weights
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (self.config.latents_mean, self.config.latents_std))
+        return mean.to(self.quant_conv.weight), (1 / std).to(self.quant_conv.weight)
+
+
+def to_frames(video: Tensor) -> Tensor:
+    return rearrange(video, "1 c t h w -> t c h w").contiguous(memory_format=torch.channels_last)
+
+
+def to_video(frames: Tensor) -> Tensor:
+    return rearrange(frames, "t c h w -> 1 c t h w")

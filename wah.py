@@ -1,0 +1,368 @@
+"""Warp-as-History: a camera path as pseudo-history of a frozen video model, and the chunk-by-chunk rollout.
+
+The method (paper section 3) is `Rollout.warp_history`: the warp of the first frame along the path is encoded like any
+history and appended to the short band; its rotary time indices are those of the target latents; its tokens without a visible
+source are dropped. Only the first pyramid stage sees it, and only there are the LoRA and the trigger word active; later
+stages are plain Helios, and without a warp the whole run is (text, image or video to video).
+
+A chunk is 9 latent frames = 33 video frames. Latents are [1, 16, T, H/8, W/8], normalised; all randomness comes from one
+CPU generator in the official order, so that a seed means the same video everywhere. Reproduced: the official pipeline's
+results and its quirks where marked; not its repeated normalisation of the warp, and not its drifting LoRA weights.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor
+
+import media
+from camera import WINDOW, normalize, scale_translation
+from flow import Schedule, guide, load_schedule, sample
+from model import Band, Helios, History, Lora, load, network_dtype, read_json
+from render import Geometry, Warp, median_depth, render
+from text import Tokenizer, UMT5Encoder, encode_prompt
+from vae import VAE
+
+CHUNK = 9  # latent frames
+BANDS = (16, 2, 1)  # native history: latent frames of the long, mid and short band
+FIRST_TARGET = 1 + sum(BANDS)  # time index of a chunk's first latent; 0 is the prefix (the first frame)
+TRIGGER = "camctl23x."
+NEGATIVE_PROMPT = (  # of the guided models; the one that Wan and Helios were tuned with
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall gray,"
+    " worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, poorly"
+    " drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three legs, many"
+    " people in the background, walking backwards")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to sample. The defaults are the official ones of a distilled checkpoint."""
+
+    steps: tuple[int, ...] = (2, 2, 2)  # one number a stage
+    guidance: float = 1.0  # above 1 every step costs a second call, with the negative prompt
+    zero_star: bool = False  # CFG-zero-star
+    zero_steps: int | None = 1  # with zero_star the first zero_steps + 1 steps predict zero; None: none of them
+    amplify_first_chunk: bool = True  # the first chunk takes twice the steps (dmd sampler only)
+    align: bool = True  # the warp has the target's time indices; off: it precedes the target
+    drop: bool = True  # history tokens without a visible source are dropped
+    threshold: float = 0.1  # least visible share of a kept token
+    warp_noise: bool = True  # warp and prefix get a little noise, as history had in training
+    warp_sigma: tuple[float, float] = (0.111, 0.135)
+    image_noise: bool = False
+    image_sigma: tuple[float, float] = (0.111, 0.135)
+    video_noise: bool = True
+    previous: tuple[int, int, int] = BANDS  # latent frames of earlier chunks beside the warp: long, mid, short
+    mask_lag: bool = True  # kept for parity: after chunk 0 an official mask runs one frame ahead of its warp
+
+
+@dataclass(frozen=True)
+class Models:
+    transformer: Helios
+    vae: VAE
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Embeddings [1, 512, text_dim]."""
+
+    plain: Tensor
+    trigger: Tensor | None = None  # for the LoRA's stage
+    negative: Tensor | None = None  # for guidance above 1
+
+
+def load_options(weights: Path) -> Options:
+    """The official settings of the kind of checkpoint that model_index.json describes."""
+    index, stages = read_json(weights / "model_index.json"), load_schedule(weights).stages
+    if index.get("is_distilled", False):
+        return Options(steps=(2,) * stages)
+    zero_star = index.get("is_cfg_zero_star", False)
+    return Options(steps=(20,) * stages if stages > 1 else (50,), guidance=5.0, zero_star=zero_star)
+
+
+def load_models(weights: Path, device: torch.device | str) -> Models:
+    """Transformer in the device's network dtype, VAE in fp32."""
+    schedule = load_schedule(weights)
+    vae = load(VAE, weights / "vae", device)
+    return Models(load(Helios, weights / "transformer", device, network_dtype(device)), vae, schedule)
+
+
+def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device: torch.device | str,
+                   negative: str = NEGATIVE_PROMPT) -> Prompts:
+    """Load the text encoder, embed what the run needs, and let it go again, before anything else needs the memory."""
+    tokenizer = Tokenizer(weights / "tokenizer")
+    encoder = load(UMT5Encoder, weights / "text_encoder", device, network_dtype(device))
+    triggered = prompt if prompt.lstrip().startswith(TRIGGER) else f"{TRIGGER} {prompt}"
+    return Prompts(encode_prompt(tokenizer, encoder, prompt),
+                   encode_prompt(tokenizer, encoder, triggered) if lora else None,
+                   encode_prompt(tokenizer, encoder, negative) if guided else None)
+
+
+def size_multiple(schedule: Schedule) -> int:
+    """Height and width must be multiples of this: the first stage's latents have to fill whole patches of 2."""
+    return 8 * 2 * 2 ** (schedule.stages - 1)
+
+
+# -------------------------------------------------------------------------------------------------------------- warps
+
+
+def make_warp(frames: np.ndarray, mask: np.ndarray | None, size: tuple[int, int]) -> Warp:
+    """A warp from pictures: `frames` [T, h, w, 3] uint8; `mask` [T', h', w'] in 0..1, None for all visible. Resized as the
+    official code does it: frames with Pillow's bilinear filter, the mask trilinearly, so also in time."""
+    video = rearrange(torch.from_numpy(media.resize_frames(frames, size)), "t h w c -> 1 c t h w") / 255 * 2 - 1
+    if mask is None:
+        return Warp(video, torch.ones_like(video[:, :1]))
+    return Warp(video, resize_volume(torch.from_numpy(mask).float()[None, None], video.shape[2:]))
+
+
+def resize_volume(x: Tensor, size: torch.Size) -> Tensor:
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="trilinear", align_corners=False)
+
+
+def mask_latents(visible: Tensor, frames: int = CHUNK) -> Tensor:
+    """Visibility [1, 1, T, H, W] of a chunk on the latent grid: that of every fourth frame, [1, 1, frames, H/8, W/8]."""
+    index = torch.arange(0, 4 * frames, 4, device=visible.device).clamp(max=visible.shape[2] - 1)
+    height, width = visible.shape[3:]
+    return resize_volume(visible[:, :, index], torch.Size((frames, height // 8, width // 8))).clamp(0, 1)
+
+
+class Camera:
+    """Warps of the first frame along a path, from one geometry, a chunk of poses at a time.
+
+    `unit` is the length of the poses' unit in the geometry's: by default, as officially, a tenth of the first frame's
+    median depth.
+    """
+
+    def __init__(self, geometry: Geometry, size: tuple[int, int], unit: float | None = None):
+        self.geometry, self.size = geometry, size
+        self.unit = 0.1 * median_depth(geometry) if unit is None else unit
+        self.first: Tensor | None = None
+
+    def warp(self, poses: Tensor) -> Warp:
+        """`poses` [33, 4, 4] of a chunk's frames, camera-to-world; the first of all is the camera of the picture."""
+        poses = scale_translation(poses, self.unit)
+        if self.first is None:
+            self.first = poses[:1]
+            return render(self.geometry, normalize(poses, len(poses)), self.size)
+        # The renderer's first frame is always the picture itself: it is put in front and taken off again.
+        warp = render(self.geometry, normalize(torch.cat([self.first, poses]), len(poses) + 1), self.size)
+        return Warp(warp.frames[:, :, 1:], warp.visible[:, :, 1:])
+
+
+# ------------------------------------------------------------------------------------------------------------ rollout
+
+
+@dataclass(frozen=True)
+class Chunk:
+    frames: Tensor  # [1, 3, 33, H, W] in [-1, 1]
+    latents: Tensor  # [1, 16, 9, H/8, W/8]
+    warp: Warp | None  # what led it
+
+
+class Rollout:
+    """One video, made chunk by chunk: each `next` takes the chunk's poses, or its warp, or nothing, and returns a Chunk.
+
+    Memory does not grow with the number of chunks. `given` holds the latents that precede the first chunk (the official
+    latent output puts them in front): the fake latent of an image, or those of a video.
+    """
+
+    def __init__(self, models: Models, prompts: Prompts, size: tuple[int, int], generator: torch.Generator,
+                 image: Tensor | None = None, video: Tensor | None = None, camera: Camera | None = None,
+                 lora: Lora | None = None, options: Options = Options(),
+                 on_step: Callable[[int, int, int], None] | None = None):
+        """image [1, 3, H, W] or video [1, 3, T, H, W] (at least 33 frames) in [-1, 1]; `generator` on the CPU; `on_step` is
+        told (chunk, stage, step) before each step. Raises ValueError if the size does not suit the schedule."""
+        multiple = size_multiple(models.schedule)
+        if any(side % multiple or side <= 0 for side in size):
+            raise ValueError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
+        if len(options.steps) != models.schedule.stages:
+            raise ValueError(f"steps {options.steps}: the schedule has {models.schedule.stages} stages")
+        self.models, self.prompts, self.camera, self.lora, self.options = models, prompts, camera, lora, options
+        self.generator, self.on_step = generator, on_step or (lambda chunk, stage, step: None)
+        self.device = models.transformer.proj_out.weight.device
+        self.latent_size = size[0] // 8, size[1] // 8
+        self.chunk = 0
+        self.flops = 0  # of the transformer, so far
+        self.first_frame: Tensor | None = None  # clean latent that replaces the first one generated
+        self.prefix: Tensor | None = None  # what stands at time index 0
+        self.noisy_prefix: Tensor | None = None  # the same for the warp's stage
+        self.given = self.zeros(0)
+        self.earlier = self.zeros(0)  # generated latents, as many as the warp's stage may look at
+        self.text_cache: dict[str, list] = {}
+        if image is not None:
+            self.start_from_image(image.to(self.device))
+        elif video is not None:
+            self.start_from_video(video)
+        self.native = torch.cat([self.zeros(sum(BANDS)), self.given], dim=2)[:, :, -sum(BANDS):]
+
+    # ---- random draws, all on the CPU and in the official order
+
+    def normal(self, frames: int) -> Tensor:
+        return torch.randn(1, 16, frames, *self.latent_size, generator=self.generator).to(self.device)
+
+    def noised(self, latents: Tensor, sigma: tuple[float, float], each_frame: bool = False) -> Tensor:
+        """Latents [1, 16, T, h, w] with a share of noise drawn from the range `sigma`, one for all frames or one each."""
+        low, high = sigma
+        share = torch.rand(latents.shape[2] if each_frame else 1, generator=self.generator) * (high - low) + low
+        share = share.to(self.device).view(1, 1, -1, 1, 1)
+        return share * self.normal(latents.shape[2]) + (1 - share) * latents
+
+    def encode(self, video: Tensor) -> Tensor:
+        """Normalised posterior sample of a video [1, 3, 1 + 4k, H, W]: [1, 16, 1 + k, h, w]."""
+        vae = self.models.vae
+        mean, logvar = vae.encode(video.to(self.device))
+        return vae.normalize(vae.sample(mean, logvar, self.normal(mean.shape[2])))
+
+    def zeros(self, frames: int) -> Tensor:
+        return torch.zeros(1, 16, frames, *self.latent_size, device=self.device)
+
+    # ---- before the first chunk
+
+    def start_from_image(self, image: Tensor) -> None:
+        options = self.options
+        self.first_frame = self.prefix = self.encode(image[:, :, None])
+        fake = self.encode(image[:, :, None].expand(-1, -1, WINDOW, -1, -1))[:, :, -1:]  # the image as a standing video's end
+        if options.image_noise:
+            self.prefix = self.noised(self.prefix, options.image_sigma)
+            fake = self.noised(fake, options.image_sigma)
+        self.given = fake
+
+    def start_from_video(self, video: Tensor) -> None:
+        """The last whole chunks of a video become its history."""
+        count = video.shape[2] // WINDOW
+        if count == 0:
+            raise ValueError(f"a video to continue needs at least {WINDOW} frames, this one has {video.shape[2]}")
+        self.first_frame = self.prefix = self.encode(video[:, :, :1])
+        chunks = [self.encode(chunk) for chunk in video[:, :, -count * WINDOW:].split(WINDOW, dim=2)]
+        if self.options.video_noise:
+            self.prefix = self.noised(self.prefix, self.options.image_sigma)
+            chunks = [self.noised(chunk, self.options.image_sigma, each_frame=True) for chunk in chunks]
+        self.given = torch.cat(chunks, dim=2)
+
+    # ---- histories
+
+    def indices(self, start: int, count: int) -> Tensor:
+        return torch.arange(start, start + count, device=self.device)
+
+    def native_history(self) -> History:
+        """What plain Helios sees: the first frame and the last 19 latents, without gaps in time."""
+        long, mid, short = self.native.split(BANDS, dim=2)
+        prefix = self.zeros(1) if self.prefix is None else self.prefix
+        time_long, time_mid, time_short, target = self.indices(1, sum(BANDS) + CHUNK).split([*BANDS, CHUNK])
+        return History(short=Band(torch.cat([prefix, short], dim=2), torch.cat([self.indices(0, 1), time_short])),
+                       mid=Band(mid, time_mid), long=Band(long, time_long), indices=target)
+
+    def warp_latents(self, warp: Warp) -> tuple[Tensor, Tensor]:
+        """Latents and latent visibility of a chunk's warp of 33 frames, or of 34 whose first is the frame before."""
+        frames = warp.frames.shape[2]
+        if frames not in (WINDOW, WINDOW + 1):
+            raise ValueError(f"a chunk's warp has {WINDOW} frames (or {WINDOW + 1} with the one before), this has {frames}")
+        self.normal(1)  # kept for parity: the official code encodes the first frame alone and does not use it
+        latents = self.encode(warp.frames[:, :, -WINDOW:])
+        if self.options.warp_noise:
+            latents = self.noised(latents, self.options.warp_sigma, each_frame=True)
+        visible = warp.visible if self.options.mask_lag else warp.visible[:, :, -WINDOW:]
+        return latents, mask_latents(visible.to(self.device))
+
+    def warp_history(self, warp: Warp) -> History:
+        """The method: [first frame, previous latents, warp] as history, aligned with the target and without holes."""
+        options = self.options
+        if self.prefix is None:
+            raise ValueError("a warp needs the image (or video) that it was made from")
+        if options.warp_noise and not options.image_noise and self.noisy_prefix is None:
+            self.noisy_prefix = self.noised(self.prefix, options.warp_sigma)  # drawn once, for all chunks
+        prefix = self.prefix if self.noisy_prefix is None else self.noisy_prefix
+        latents, visible = self.warp_latents(warp)
+
+        # The window before the target: what has been generated, right-aligned after zeros that count as invisible. Kept for
+        # parity: in chunk 0 it ends with the fake latent, which later chunks do not see (unlike in the native history).
+        total = sum(options.previous)
+        seen = (self.native[:, :, -1:] if self.chunk == 0 else self.earlier)[:, :, -total:] if total else self.zeros(0)
+        if self.chunk == 0:
+            seen = seen[:, :, :options.previous[2]]
+        window = torch.cat([self.zeros(total - seen.shape[2]), seen], dim=2)
+        window_time = self.indices(FIRST_TARGET - total, total)
+        window_visible = (torch.arange(total, device=self.device) >= total - seen.shape[2]).float()
+
+        long, mid, short = (
+            Band(part, time, repeat(shown, "t -> 1 1 t h w", h=part.shape[3], w=part.shape[4]))
+            for part, time, shown in zip(window.split(options.previous, dim=2), window_time.split(options.previous),
+                                         window_visible.split(options.previous)))
+        aligned = self.indices(FIRST_TARGET, CHUNK)
+        short = Band(torch.cat([prefix, short.latents, latents], dim=2),
+                     torch.cat([self.indices(0, 1), short.indices, aligned]),
+                     torch.cat([torch.ones_like(visible[:, :, :1]), short.visible, visible], dim=2))
+        history = History(short, mid, long, indices=aligned if options.align else aligned + CHUNK, threshold=options.threshold)
+        bands = {name: getattr(history, name) for name in ("short", "mid", "long")}
+        return replace(history, **{
+            name: None if not len(band.indices) else band if options.drop else replace(band, visible=None)
+            for name, band in bands.items()})
+
+    # ---- a chunk
+
+    def text(self, name: str) -> list:
+        """Keys and values of a prompt, computed when first needed and kept for all chunks."""
+        if name not in self.text_cache:
+            self.text_cache[name] = self.models.transformer.text(getattr(self.prompts, name))
+        return self.text_cache[name]
+
+    def velocity_for(self, stage: int, shape: torch.Size, history: History) -> Callable[[Tensor, float, int], Tensor]:
+        """The guided model of one stage, with all that stays the same over its steps prepared."""
+        options, transformer = self.options, self.models.transformer
+        context = transformer.context(history, shape[2:])
+        text = self.text("trigger" if transformer.lora is not None else "plain")
+        negative = self.text("negative") if options.guidance > 1 else None
+        cost = transformer.flops(context, text[0][0].shape[1]) * (1 if negative is None else 2)
+        zeroed = options.zero_steps + 1 if options.zero_star and options.zero_steps is not None and stage == 0 else 0
+
+        def velocity(latents: Tensor, timestep: float, step: int) -> Tensor:
+            self.on_step(self.chunk, stage, step)
+            if negative is not None and step < zeroed:
+                return torch.zeros_like(latents)
+            time = torch.tensor([timestep], device=self.device)
+            self.flops += cost
+            guided = transformer(latents, time, text, context)
+            if negative is None:
+                return guided
+            return guide(guided, transformer(latents, time, negative, context), options.guidance, options.zero_star)
+
+        return velocity
+
+    @torch.no_grad()
+    def next(self, poses: Tensor | None = None, warp: Warp | None = None) -> Chunk:
+        """Generate 33 frames: along `poses` [33, 4, 4] (needs the camera), led by a `warp` that was made elsewhere
+        ([1, 3, 33 or 34, H, W]), or, with neither, as plain Helios continues."""
+        if poses is not None:
+            warp = self.camera.warp(poses)
+        noise = self.normal(CHUNK)
+        native = self.native_history()
+        led = self.warp_history(warp) if warp is not None else None
+        transformer = self.models.transformer
+
+        def velocity_for(stage: int, shape: torch.Size):
+            first = stage == 0 and led is not None
+            transformer.set_lora(self.lora if first else None)
+            return self.velocity_for(stage, shape, led if first else native)
+
+        amplify = self.options.amplify_first_chunk and self.chunk == 0
+        latents = sample(velocity_for, noise, self.models.schedule, self.options.steps, self.generator, amplify)
+        transformer.set_lora(None)
+        return self.finish(latents, warp)
+
+    def finish(self, latents: Tensor, warp: Warp | None) -> Chunk:
+        """Book the chunk's latents into both histories and decode them by themselves."""
+        if self.chunk == 0 and self.first_frame is not None:
+            latents = torch.cat([self.first_frame, latents[:, :, 1:]], dim=2)
+        elif self.chunk == 0:
+            self.prefix = latents[:, :, :1]
+        self.native = torch.cat([self.native, latents], dim=2)[:, :, -sum(BANDS):]
+        self.earlier = torch.cat([self.earlier, latents], dim=2)[:, :, -max(sum(self.options.previous), 1):]
+        self.chunk += 1
+        vae = self.models.vae
+        return Chunk(vae.decode(vae.denormalize(latents)), latents, warp)
