@@ -81,7 +81,7 @@ class PointConv(nn.Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """x / |x| * sqrt(C) * gamma over each pixel's channels; eps, like the official max(|x|, 1e-12), only keeps 0 at 0."""
+    """x / |x| * sqrt(C) * gamma over a pixel's channels; eps, like the official max(|x|, 1e-12), only keeps 0 at 0."""
 
     def __init__(self, dim: int, trailing: int):
         super().__init__()
@@ -268,7 +268,7 @@ class VAE(nn.Module):
         return mean, logvar
 
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """As `decode`, but yields the frames of each latent frame in turn: [1, 3, 1, H, W], then [1, 3, 4, H, W] each."""
+        """As `decode`, but yields the frames of each latent frame in turn, [1, 3, 1, H, W] and then [1, 3, 4, H, W]."""
         z_dim, shape = self.config.z_dim, list(latents.shape)
         if len(shape) != 5 or shape[:2] != [1, z_dim] or shape[2] < 1:
             raise ValueError(f"VAE.decode: latents are {shape}, expected [1, {z_dim}, frames, height, width]")
@@ -278,7 +278,7 @@ class VAE(nn.Module):
             yield to_video(frames).clamp(-1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Raw latents -> the whole video [1, 3, 1 + 4 (k-1), H, W]. ValueError for a shape other than [1, z_dim, k, h, w]."""
+        """Raw latents -> the whole video [1, 3, 1 + 4 (k-1), H, W]. ValueError if not [1, z_dim, k, h, w]."""
         return torch.cat(list(self.decode_stream(latents)), dim=2)
 
     def sample(self, mean: Tensor, logvar: Tensor, noise: Tensor) -> Tensor:
