@@ -7,10 +7,9 @@ guidance plain or CFG-Zero* (2503.18886). Reproduces the official HeliosSchedule
 state; schedule numbers are float64, latents float32. Left out: other predictions and solvers, unused timestep grids.
 """
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
+
+from checkpoint import read_config, read_json
 
 Velocity = Callable[[Tensor, float, int], Tensor]  # (latents, timestep, step in the stage) -> noise - data, any dtype
 
@@ -39,10 +40,6 @@ class Schedule:
     disable_corrector: tuple = ()
 
     def __post_init__(self):
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if type(value) is not field.type and (type(value), field.type) != (int, float):
-                raise ValueError(f"{field.name} is {value!r}, expected a value like {field.default!r}")
         cuts = self.stage_range
         for key, good, expected in (
             ("sampler", self.sampler in ("dmd", "euler", "unipc"), "dmd, euler or unipc (scheduler_type in the file)"),
@@ -63,28 +60,18 @@ class Schedule:
 def load_schedule(folder: Path) -> Schedule:
     """A checkpoint folder's schedule; missing keys take official defaults. OSError or ValueError if it's unusable."""
     index_path, path = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
-    entry, config = _read_json(index_path).get("scheduler"), _read_json(path)
+    entry, config = read_json(index_path).get("scheduler"), read_json(path)
     if not isinstance(entry, list) or entry[1:] not in (["HeliosScheduler"], ["HeliosDMDScheduler"]):
         raise ValueError(f"{index_path}: scheduler is {entry!r}, expected [..., HeliosScheduler or HeliosDMDScheduler]")
     for key, expected in {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "predict_x0": True,
                           "thresholding": False, "solver_p": None}.items():
         if config.get(key, expected) != expected:
             raise ValueError(f"{path}: {key} is {config[key]!r}, expected {expected!r}")
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
-    values["sampler"] = config.get("scheduler_type", "unipc")
-    if "HeliosDMDScheduler" in (entry[1], config.get("_class_name")):  # a class without scheduler_type, always dmd
-        values = {"time_shift_type": "linear"} | values | {"sampler": "dmd"}
-    try:
-        return Schedule(**{field.name: values[field.name] for field in fields(Schedule) if field.name in values})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        return {**json.loads(path.read_text(encoding="utf-8"))}
-    except (TypeError, ValueError) as error:  # TypeError: a list, a number
-        raise ValueError(f"{path}: expected a JSON object: {error}") from None
+    is_dmd = "HeliosDMDScheduler" in (entry[1], config.get("_class_name"))  # this class has no scheduler_type
+    return read_config(Schedule, path, {
+        "sampler": "dmd" if is_dmd else config.get("scheduler_type", "unipc"),
+        "time_shift_type": config.get("time_shift_type", "linear" if is_dmd else "exponential"),
+    })
 
 
 @dataclass(frozen=True)

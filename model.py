@@ -1,4 +1,4 @@
-"""The Helios video DiT, its LoRA, and loading from an official checkpoint folder.
+"""The Helios video DiT, and low-rank adapters (LoRA) beside its weights.
 
 Helios (arXiv 2603.04379; diffusers' `HeliosTransformer3DModel`) denoises a chunk of 9 latent frames while attending to
 history tokens: a short band at full detail and a mid and a long band that are patchified more coarsely. Warp-as-History
@@ -11,16 +11,15 @@ modulation (history is always "at t = 0"). Module names are the checkpoint's nam
 Left out: options that no released recipe uses (key boosts, learned rotary offsets, a replacement for dropped tokens).
 """
 
-import json
 import math
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+
+from checkpoint import Lora
 
 
 @dataclass(frozen=True)
@@ -53,10 +52,9 @@ class HeliosConfig:
                  "added_kv_proj_dim": None}
         for key, value in fixed.items():
             if getattr(self, key) != value:
-                raise ValueError(f"transformer config: {key} = {getattr(self, key)!r} is not supported, only {value!r}")
+                raise ValueError(f"{key} is {getattr(self, key)!r}, supported is only {value!r}")
         if sum(self.rope_dim) != self.attention_head_dim or any(width % 2 for width in self.rope_dim):
-            raise ValueError(f"transformer config: rope_dim {self.rope_dim} must be three even numbers"
-                             f" that sum to attention_head_dim {self.attention_head_dim}")
+            raise ValueError(f"rope_dim is {self.rope_dim}, expected three even numbers that sum to {self.attention_head_dim}")
 
     @property
     def dim(self) -> int:
@@ -313,7 +311,7 @@ class Helios(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = OutputNorm(config.dim)
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
-        self.lora: Lora | None = None
+        self.lora: Lora | None = None  # what is attached
 
     @property
     def dtype(self) -> torch.dtype:
@@ -395,169 +393,17 @@ class Helios(nn.Module):
 
         return (self.config.num_layers - 1) * block(total) + block(target)
 
-    def set_lora(self, lora: "Lora | None") -> None:
-        """Attach a LoRA to its layers, or detach whatever is attached (None)."""
+    def set_lora(self, lora: Lora | None) -> None:
+        """Attach a LoRA to its layers, or detach whatever is attached (None). Raises ValueError naming each misfit."""
         layers = {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
-        adapters = {} if lora is None else lora.adapters
-        if lora is not None:
-            lora.check(layers)
+        adapters = lora.adapters if lora is not None else {}
+        problems = [f"no layer {name}" for name in adapters if name not in layers]
+        for name, (down, up, _) in adapters.items():
+            expected = list(layers[name].weight.shape) if name in layers else None
+            if expected and ([len(up), down.shape[1]] != expected or up.shape[1] != len(down)):
+                problems.append(f"{name}: A {list(down.shape)} and B {list(up.shape)} for a weight {expected}")
+        if problems:
+            raise ValueError(f"{lora.source}: not a LoRA of this model: " + "; ".join(problems))
         for name, layer in layers.items():
             layer.adapter = adapters.get(name)
         self.lora = lora
-
-
-# --------------------------------------------------------------------------------------------------------------- LoRA
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank updates by layer name: A [r, in], B [out, r], alpha / r."""
-
-    source: str
-    adapters: dict[str, tuple[Tensor, Tensor, float]]
-
-    def check(self, layers: dict[str, Linear]) -> None:
-        """Every adapter must have a layer of its shape; each that has not is named."""
-        problems = []
-        for name, (down, up, _) in self.adapters.items():
-            if name not in layers:
-                problems.append(f"{name}: the model has no such linear layer")
-                continue
-            rank, expected = down.shape[0], tuple(layers[name].weight.shape)
-            if (up.shape[0], down.shape[1]) != expected or up.shape[1] != rank or rank == 0:
-                problems.append(f"{name}: A {list(down.shape)} and B {list(up.shape)} do not fit the weight {list(expected)}")
-        if problems:
-            raise ValueError(f"{self.source}: not a LoRA of this model: " + "; ".join(problems))
-
-
-def load_lora(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Lora:
-    """Read a LoRA in any official format: keys `[transformer.]LAYER.lora_{A,B}.weight` in .safetensors, or in .pt, there
-    also under the key "peft".
-
-    alpha is taken equal to the rank (scale 1) unless the safetensors header carries PEFT's `lora_adapter_metadata`.
-    Raises ValueError for anything else, naming the keys.
-    """
-    path = Path(path)
-    tensors, metadata = read_lora_file(path)
-    settings = {key.removeprefix("transformer."): value for key, value in metadata.items()}
-    halves: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, half = key.removeprefix("transformer."), None
-        for suffix in ("lora_A", "lora_B"):
-            if name.endswith(f".{suffix}.weight"):
-                name, half = name.removesuffix(f".{suffix}.weight"), suffix
-        if half is None:
-            raise ValueError(f"{path}: key {key!r} is not of the form LAYER.lora_A.weight or LAYER.lora_B.weight")
-        if tensor.ndim != 2:
-            raise ValueError(f"{path}: {key} has shape {list(tensor.shape)}, expected two dimensions")
-        halves.setdefault(name, {})[half] = tensor.to(device, dtype)
-    single = [name for name, pair in halves.items() if len(pair) < 2]
-    if single or not halves:
-        raise ValueError(f"{path}: " + (f"lora_A without lora_B, or the reverse: {', '.join(single)}" if single else "no LoRA keys"))
-    adapters = {}
-    for name, pair in halves.items():
-        rank = pair["lora_A"].shape[0]
-        alpha = settings.get("alpha_pattern", {}).get(name, settings.get("lora_alpha", rank))
-        adapters[name] = (pair["lora_A"], pair["lora_B"], alpha / rank if rank else 0.0)
-    return Lora(str(path), adapters)
-
-
-def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and PEFT settings of a LoRA file."""
-    if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            header = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(header.get("lora_adapter_metadata", "{}"))
-    if path.suffix != ".pt":
-        raise ValueError(f"{path}: a LoRA is a .safetensors or .pt file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # refuses every pickled object
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load has no error class of its own for a broken or unsafe file
-        raise ValueError(f"{path}: not a readable .pt of plain tensors ({str(error).splitlines()[0]})") from None
-    state = state.get("peft", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path}: expected a dictionary of tensors, or one under the key 'peft'")
-    return state, {}
-
-
-# ------------------------------------------------------------------------------------------------------------ loading
-
-
-def open_safetensors(path: Path, device: torch.device | str = "cpu"):
-    """safetensors' own reader, with errors that name the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        return safe_open(path, framework="pt", device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: shards named by an index, or a single file."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            return [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"]
-    raise FileNotFoundError(f"{folder}: no model.safetensors, diffusion_pytorch_model.safetensors or index of shards")
-
-
-def fill(module: nn.Module, files: list[Path], device: torch.device | str, dtype: torch.dtype) -> nn.Module:
-    """Give a module built on the meta device its tensors, each read straight to its device and dtype.
-
-    Strict: all names and shapes are compared before the first tensor is read, and every missing, unexpected or mis-shaped
-    one is named. `module.aliases` maps other names that a file may use, `module.fp32` lists what stays fp32.
-    """
-    wanted = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    source: dict[str, tuple[Path, str]] = {}
-    problems = []
-    for path in files:
-        with open_safetensors(path) as file:
-            for key in file.keys():
-                name, shape = module.aliases.get(key, key), tuple(file.get_slice(key).get_shape())
-                if name not in wanted:
-                    problems.append(f"unexpected {key}")
-                elif shape != wanted[name]:
-                    problems.append(f"{key} has shape {list(shape)}, expected {list(wanted[name])}")
-                source[name] = (path, key)
-    problems += [f"missing {name}" for name in wanted if name not in source]
-    if problems:
-        raise ValueError(f"{files[0].parent}: weights do not fit the config: " + "; ".join(problems))
-    state = {}
-    for path in files:
-        with open_safetensors(path, device) as file:
-            for name, (owner, key) in source.items():
-                if owner == path:
-                    state[name] = file.get_tensor(key).to(torch.float32 if any(part in name for part in module.fp32) else dtype)
-    module.load_state_dict(state, assign=True)
-    return module.requires_grad_(False).eval()
-
-
-def load(network: type[nn.Module], folder: str | Path, device: torch.device | str = "cpu",
-         dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Build `network` from `folder`/config.json (keys it does not know are ignored) and fill it from the folder's files."""
-    folder = Path(folder)
-    values = read_json(folder / "config.json")
-    known = {field.name for field in fields(network.Config)}
-    config = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in known}
-    with torch.device("meta"):
-        module = network(network.Config(**config))
-    return fill(module, weight_files(folder), device, dtype)
-
-
-def network_dtype(device: torch.device | str) -> torch.dtype:
-    """The one dtype policy: bf16 on CUDA (with the fp32 islands of each network), fp32 on the CPU."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

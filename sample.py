@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 import media
 from camera import WINDOW, load_path, move_path
+from checkpoint import Lora, load_lora, network_dtype
 from flow import load_schedule
-from model import Lora, load_lora, network_dtype
 from render import geometry_from_depth, parse_size, pinhole, to_u8
 from wah import Camera, Chunk, Options, Rollout, encode_prompts, load_models, load_options, make_warp, size_multiple
 

@@ -64,7 +64,7 @@ class UMT5Config:
 
     def __post_init__(self):
         if self.feed_forward_proj != "gated-gelu":
-            raise ValueError(f"text_encoder config: feed_forward_proj is {self.feed_forward_proj}, expected gated-gelu")
+            raise ValueError(f"feed_forward_proj is {self.feed_forward_proj}, expected gated-gelu")
 
 
 def distance_buckets(length: int, buckets: int, max_distance: int, device: torch.device) -> Tensor:

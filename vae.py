@@ -47,7 +47,7 @@ class VAEConfig:
     def __post_init__(self):
         for key in ("attn_scales", "is_residual", "patch_size", "decoder_base_dim"):
             if getattr(self, key):
-                raise ValueError(f"vae config: {key} is {getattr(self, key)}, expected none (Wan 2.1, not 2.2)")
+                raise ValueError(f"{key} is {getattr(self, key)}, expected none (Wan 2.1, not 2.2)")
 
 
 class TimeConv(nn.Conv3d):

@@ -23,8 +23,9 @@ from torch import Tensor
 
 import media
 from camera import WINDOW, normalize, scale_translation
+from checkpoint import Lora, load, network_dtype, read_json
 from flow import Schedule, guide, load_schedule, sample
-from model import Band, Helios, History, Lora, load, network_dtype, read_json
+from model import Band, Helios, History
 from render import Geometry, Warp, median_depth, render
 from text import Tokenizer, UMT5Encoder, encode_prompt
 from vae import VAE

@@ -1,7 +1,10 @@
 """The DiT, its LoRA and the loader against the recorded official numbers, diffusers, and the released model's tables."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import goldens
+from checkpoint import load, load_lora
 from goldens import DISTILLED, HELIOS, check
-from model import Band, Helios, HeliosConfig, History, load, load_lora, rotate
+from model import Band, Helios, HeliosConfig, History, rotate
 
 INPUTS = goldens.tensors(HELIOS / "dit.safetensors")
 CASES = goldens.cases(HELIOS / "dit_cases.json")
@@ -285,6 +289,47 @@ def test_unsupported_configs_are_named(folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"qk_norm": "layer_norm"}))
     assert "qk_norm" in complaint(folder)
+
+
+def test_wrong_configs_are_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_layers": "two"}))
+    assert "num_layers" in complaint(folder)
+    (folder / "config.json").write_text("[]")
+    assert "config.json" in complaint(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("{}")
+    assert "weight_map" in complaint(folder)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the process's memory from /proc")
+def test_loading_makes_no_second_copy(tmp_path):
+    """The private memory of a process that loads bf16 files as fp32 grows by the fp32 size, and never beyond."""
+    config = {"num_attention_heads": 8, "attention_head_dim": 48, "rope_dim": [16, 16, 16], "num_layers": 8, "ffn_dim": 1536}
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in Helios(HeliosConfig(**config)).state_dict().items()}
+    save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    script = """if True:
+        import sys, threading, time
+        from checkpoint import load
+        from model import Helios
+        def private():
+            line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+            return int(line.split()[1]) * 1024
+        peak, start = [0], private()
+        def watch():
+            while True:
+                peak[0] = max(peak[0], private())
+                time.sleep(0.001)
+        threading.Thread(target=watch, daemon=True).start()
+        model = load(Helios, sys.argv[1])
+        size = sum(value.numel() * 4 for value in model.parameters())
+        print((max(peak[0], private()) - start) / size)
+    """
+    ratio = float(subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True,
+                                 cwd=goldens.GOLDEN.parent.parent).stdout)
+    assert 0.9 < ratio < 1.25, f"loading took {ratio:.2f} times the size of the model"
 
 
 def test_older_name_of_the_output_table(folder):

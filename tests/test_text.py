@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from transformers import UMT5Config as PeerConfig
 from transformers import UMT5EncoderModel
 
+from checkpoint import load
 from goldens import DISTILLED, HELIOS, cases, check, tensors
-from model import load
 from text import Tokenizer, UMT5Config, UMT5Encoder, clean, encode_prompt
 
 CASES = cases(HELIOS / "text_cases.json")

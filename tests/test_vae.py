@@ -9,8 +9,8 @@ from diffusers import AutoencoderKLWan
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from checkpoint import load
 from goldens import DISTILLED, HELIOS, cases, check, tensors
-from model import load
 from vae import VAE, VAEConfig
 
 CASES = cases(HELIOS / "vae_cases.json")

@@ -9,10 +9,10 @@ from PIL import Image
 
 import goldens
 from camera import move_path, normalize, scale_translation
+from checkpoint import load_lora
 from flow import load_schedule
 from goldens import DISTILLED, HELIOS, check
 from media import fit_image
-from model import load_lora
 from render import Warp, geometry_from_depth, pinhole, render
 from wah import Camera, Options, Rollout, encode_prompts, load_models, load_options, make_warp, mask_latents
 

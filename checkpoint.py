@@ -1,0 +1,167 @@
+"""Official files -> modules in memory: folders in the Hugging Face layout, and LoRA files.
+
+A network class brings its config (`Config`, a dataclass whose fields are the keys of config.json that matter), names its
+parameters as the checkpoint does, and lists what stays fp32 in a bf16 model (`fp32`) and which other names a file may use
+(`aliases`). It is built on the meta device and filled tensor by tensor by safetensors' own reader, straight to device and
+dtype, so that host memory never holds a second copy. Strict: whatever is missing, unexpected or mis-shaped is named.
+Nothing is ever unpickled.
+"""
+
+import json
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+
+def open_safetensors(path: Path, device: torch.device | str = "cpu"):
+    """safetensors' own reader, with errors that name the file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        return safe_open(path, framework="pt", device=str(device))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+
+
+def read_json(path: Path) -> dict:
+    """An object from a JSON file; raises OSError if there is no such file, ValueError naming it for any other content."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found a {type(content).__name__}, expected an object")
+    return content
+
+
+def read_config(config_class: type, path: Path, more: dict = {}):
+    """A config dataclass from the keys of a config.json that it has as fields, and from `more`; other keys are ignored."""
+    values, config = read_json(path) | more, {}
+    for field in fields(config_class):
+        if field.name in values:
+            value = tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
+            kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
+            if field.default is not None and type(value) not in kinds:
+                raise ValueError(f"{path}: {field.name} is {value!r}, expected a value like {field.default!r}")
+            config[field.name] = value
+    try:
+        return config_class(**config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder: shards named by an index, or a single file."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or not shards:
+                raise ValueError(f"{index}: no weight_map, expected tensor names and their files")
+            return [folder / name for name in sorted(set(shards.values()))]
+        if (folder / f"{stem}.safetensors").is_file():
+            return [folder / f"{stem}.safetensors"]
+    raise FileNotFoundError(f"{folder}: no model.safetensors, diffusion_pytorch_model.safetensors or index of shards")
+
+
+def fill(module: nn.Module, files: list[Path], device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """Give a module built on the meta device its tensors, each read straight to its device and dtype.
+
+    Strict: all names and shapes are compared before the first tensor is read, and every missing, unexpected or mis-shaped
+    one is named. `module.aliases` maps other names that a file may use, `module.fp32` lists what stays fp32.
+    """
+    wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
+    plan: dict[Path, dict[str, str]] = {path: {} for path in files}  # file -> our name -> key in the file
+    problems = []
+    for path in files:
+        with open_safetensors(path) as file:
+            for key in file.keys():
+                name, shape = module.aliases.get(key, key), file.get_slice(key).get_shape()
+                if name not in wanted:
+                    problems.append(f"unexpected {key}")
+                elif shape != wanted[name]:
+                    problems.append(f"{key} has shape {shape}, expected {wanted[name]}")
+                plan[path][name] = key
+    problems += [f"missing {name}" for name in wanted if not any(name in names for names in plan.values())]
+    if problems:
+        raise ValueError(f"{files[0].parent}: weights do not fit the config: " + "; ".join(problems))
+    state = {}
+    for path, names in plan.items():
+        with open_safetensors(path, device) as file:
+            for name, key in names.items():
+                state[name] = file.get_tensor(key).to(torch.float32 if any(part in name for part in module.fp32) else dtype)
+    module.load_state_dict(state, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def load(network: type[nn.Module], folder: str | Path, device: torch.device | str = "cpu",
+         dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build `network` from `folder`/config.json and fill it from the folder's files."""
+    folder = Path(folder)
+    config = read_config(network.Config, folder / "config.json")
+    with torch.device("meta"):
+        module = network(config)
+    return fill(module, weight_files(folder), device, dtype)
+
+
+def network_dtype(device: torch.device | str) -> torch.dtype:
+    """The one dtype policy: bf16 on CUDA (with the fp32 islands of each network), fp32 on the CPU."""
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates by layer name: A [r, in], B [out, r], alpha / r."""
+
+    source: str
+    adapters: dict[str, tuple[Tensor, Tensor, float]]
+
+
+def load_lora(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Lora:
+    """Read a LoRA in any official format: keys `[transformer.]LAYER.lora_{A,B}.weight` in a .safetensors, or in a .pt, there
+    also under the key "peft".
+
+    alpha is taken equal to the rank (scale 1) unless the safetensors header carries PEFT's `lora_adapter_metadata`.
+    Raises ValueError for anything else, naming the keys.
+    """
+    path = Path(path)
+    tensors, metadata = read_lora_file(path)
+    settings = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+    halves: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"(?:transformer\.)?(.+)\.lora_([AB])\.weight", key)
+        if match is None or tensor.ndim != 2 or not tensor.numel():
+            raise ValueError(f"{path}: {key} {list(tensor.shape)}, expected LAYER.lora_A.weight or .lora_B.weight of two dimensions")
+        halves[match[2]][match[1]] = tensor.to(device, dtype)
+    downs, ups = halves["A"], halves["B"]
+    if not downs or downs.keys() != ups.keys():
+        raise ValueError(f"{path}: no pair of lora_A and lora_B for: {', '.join(sorted(downs.keys() ^ ups.keys())) or 'any layer'}")
+    adapters = {}
+    for name, down in downs.items():
+        alpha = settings.get("alpha_pattern", {}).get(name, settings.get("lora_alpha", len(down)))
+        adapters[name] = (down, ups[name], alpha / len(down))
+    return Lora(str(path), adapters)
+
+
+def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """Tensors and PEFT settings of a LoRA file."""
+    if path.suffix == ".safetensors":
+        with open_safetensors(path) as file:
+            header = file.metadata() or {}
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(header.get("lora_adapter_metadata", "{}"))
+    if path.suffix != ".pt":
+        raise ValueError(f"{path}: a LoRA is a .safetensors or .pt file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)  # refuses every pickled object
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load has no error class of its own for a broken or unsafe file
+        raise ValueError(f"{path}: not a readable .pt of plain tensors ({str(error).splitlines()[0]})") from None
+    state = state.get("peft", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path}: expected a dictionary of tensors, or one under the key 'peft'")
+    return state, {}
