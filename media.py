@@ -10,6 +10,7 @@ the official code ignores too.
 import os
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -203,14 +204,21 @@ class VideoWriter:
             self.partial.unlink(missing_ok=True)
 
 
-def save_png(path: str | Path, image: np.ndarray) -> None:
-    """Write [H,W,3] or [H,W] uint8, all or nothing."""
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary name to write to; it becomes `path` when the block ends without an error, and else is gone."""
     partial = temporary(path)
     try:
-        Image.fromarray(image).save(partial, format="PNG")
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_png(path: str | Path, image: np.ndarray) -> None:
+    """Write [H,W,3] or [H,W] uint8, all or nothing."""
+    with replacing(path) as partial:
+        Image.fromarray(image).save(partial, format="PNG")
 
 
 def evenly_spaced(count: int, columns: int) -> list[int]:

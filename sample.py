@@ -10,7 +10,6 @@ has exactly the frames asked for.
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -200,20 +199,15 @@ def to_frames(video: Tensor) -> np.ndarray:
 class Output:
     """The video, its warp and the tiles of the contact sheet, written as chunks arrive.
 
-    Used in a `with` block; the files get their names when it ends without an error.
+    `files` closes the videos, which appear under their names when it ends without an error.
     """
 
-    def __init__(self, path: Path, job: Job):
+    def __init__(self, path: Path, job: Job, files: ExitStack):
         self.job, self.count = job, 0
+        self.paths = {"result": path} | ({"warp": path.with_name(f"{path.stem}_warp.mp4")} if job.led else {})
+        self.videos = {name: files.enter_context(media.VideoWriter(file, job.fps, job.size)) for name, file in self.paths.items()}
         self.picks = set(media.evenly_spaced(job.frames, 8))
         self.tiles: dict[str, list[np.ndarray]] = {name: [] for name in (("warp", "mask") if job.led else ()) + ("result",)}
-        self.sheet, self.warp = (path.with_name(path.stem + end) for end in ("_sheet.png", "_warp.mp4"))
-        self.videos = {"result": media.VideoWriter(path, job.fps, job.size)}
-        if job.led:
-            self.videos["warp"] = media.VideoWriter(self.warp, job.fps, job.size)
-
-    def __enter__(self) -> "Output":
-        return self
 
     def add(self, chunk: Chunk) -> None:
         rows = {"result": to_frames(chunk.frames / 2 + 0.5)}
@@ -227,11 +221,9 @@ class Output:
                     self.tiles[name].append(frames[index])
             self.count += 1
 
-    def __exit__(self, *error) -> None:
-        for video in self.videos.values():
-            video.__exit__(*error)
-        if error[0] is None:
-            media.save_png(self.sheet, media.contact_sheet({name: np.stack(tiles) for name, tiles in self.tiles.items()}))
+    def save_sheet(self) -> None:
+        self.paths["sheet"] = self.paths["result"].with_name(f"{self.paths['result'].stem}_sheet.png")
+        media.save_png(self.paths["sheet"], media.contact_sheet({name: np.stack(tiles) for name, tiles in self.tiles.items()}))
 
 
 def peak_memory(device: str) -> str:
@@ -245,12 +237,12 @@ def peak_memory(device: str) -> str:
 
 def run(args: argparse.Namespace) -> None:
     job = prepare(args)
-    chunks = -(-job.frames // WINDOW)
     with ExitStack() as files:
-        output = files.enter_context(Output(args.out, job))
+        output = Output(args.out, job, files)
+        latents_file = files.enter_context(media.replacing(args.save_latents)) if args.save_latents else None
         prompts = encode_prompts(args.weights, args.prompt, job.lora is not None, job.options.guidance > 1, args.device)
         models = load_models(args.weights, args.device)
-        progress = Progress(job.options, models.schedule.sampler == "dmd", chunks)
+        progress = Progress(job.options, models.schedule.sampler == "dmd", chunks=-(-job.frames // WINDOW))
         generator = torch.Generator("cpu").manual_seed(args.seed)
         begin = time.perf_counter()
         rollout = Rollout(models, prompts, job.size, generator, job.image, job.video, job.camera, job.lora, job.options, progress)
@@ -259,7 +251,7 @@ def run(args: argparse.Namespace) -> None:
             for control in job.controls:
                 chunk = rollout.next(**control)
                 output.add(chunk)
-                if args.save_latents:
+                if latents_file:
                     latents.append(chunk.latents.cpu())
         except KeyboardInterrupt:
             if not output.count:
@@ -267,21 +259,12 @@ def run(args: argparse.Namespace) -> None:
             print(f"\nstopped: keeping the {output.count} frames that are done")
         progress.close()
         seconds = time.perf_counter() - begin
-    if args.save_latents:
-        save_latents(args.save_latents, torch.cat(latents, dim=2))
-    print(f"wrote {args.out} ({output.count} frames), {output.sheet}" + (f", {output.warp}" if job.led else ""))
+        if latents_file:  # as the official latent output, with the fake latent (or the video's latents) in front
+            latents_file.write_bytes(save({"latents": torch.cat(latents, dim=2)}))
+    output.save_sheet()
+    print(f"wrote {output.count} frames:", *output.paths.values(), args.save_latents or "")
     print(f"{seconds / rollout.chunk:.2f} s/chunk, {output.count / seconds:.2f} frames/s, {rollout.flops / seconds / 1e12:.3g} TFLOP/s"
           f" ({rollout.flops / 1e12:.3g} TFLOP counted in the transformer), peak {peak_memory(args.device)}")
-
-
-def save_latents(path: Path, latents: Tensor) -> None:
-    """All or nothing; as the official latent output, with the fake latent (or the video's latents) in front."""
-    partial = media.temporary(path)
-    try:
-        partial.write_bytes(save({"latents": latents.contiguous()}))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main(argv: list[str] | None = None) -> int:
