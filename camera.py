@@ -71,35 +71,40 @@ def check_poses(poses: np.ndarray, where: str) -> Tensor:
     if poses.dtype.kind not in "fiu":
         raise ValueError(f"{where}: type {poses.dtype}, expected numbers")
     try:
-        c2w = homogeneous(torch.from_numpy(poses.astype(np.float32)))
+        c2w = homogeneous(torch.from_numpy(poses.clip(-1e9, 1e9).astype(np.float32)))
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if len(c2w) < 2:
         raise ValueError(f"{where}: {len(c2w)} pose, expected at least 2")
     rotation = c2w[:, :3, :3].double().nan_to_num()
     tests = {
-        "a number is not finite": ~c2w.isfinite().all(-1).all(-1),
-        "the last row is not 0 0 0 1": (c2w[:, 3] != c2w.new_tensor([0, 0, 0, 1])).any(-1),
+        "a number is not finite or beyond 1e6": ~(c2w.abs() < 1e6).all(-1).all(-1) | ~c2w.isfinite().all(-1).all(-1),
+        "the last row is not 0 0 0 1": ((c2w[:, 3] - c2w.new_tensor([0, 0, 0, 1])).abs() > 1e-5).any(-1),
         "the rotation is not orthonormal to 1e-3": (rotation @ rotation.mT - torch.eye(3)).abs().amax((1, 2)) > 1e-3,
         "the rotation is a reflection (determinant -1)": torch.linalg.det(rotation) < 0,
     }
     for problem, failed in tests.items():
         if failed.any():
             raise ValueError(f"{where}, frame {failed.nonzero()[0].item()}: {problem}")
-    return c2w
+    return homogeneous(c2w[:, :3])
 
 
 def read_json_path(file: Path) -> CameraPath:
     """`{"c2w": [[[...]]], "fps": 16, "fov_x": 55}`; only c2w is needed."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from None
+    if not isinstance(data, dict) or "c2w" not in data:
+        raise ValueError(f"{file}: expected an object with the key 'c2w'")
+    try:
         poses = np.array(data["c2w"], dtype=np.float64)
-        numbers = {key: float(data[key]) for key in ("fps", "fov_x") if key in data}
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f'{file}: expected JSON {{"c2w": [T,4,4] numbers, "fps": number, "fov_x": degrees}}') from None
-    if not (0 < numbers.get("fps", 1) < math.inf and 0 < numbers.get("fov_x", 1) < 180):
-        raise ValueError(f"{file}: {numbers}, expected fps above 0 and fov_x in degrees between 0 and 180")
-    return CameraPath(check_poses(poses, f"{file}: 'c2w'"), **numbers)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"{file}: 'c2w': expected a list of 3x4 or 4x4 matrices of numbers") from None
+    for key, low, high in (("fps", 1, 240), ("fov_x", 1, 179)):
+        if key in data and not (type(data[key]) in (int, float) and low <= data[key] <= high):
+            raise ValueError(f"{file}: {key} is {data[key]!r}, expected a number from {low} to {high}")
+    return CameraPath(check_poses(poses, f"{file}: 'c2w'"), data.get("fps"), data.get("fov_x"))
 
 
 def read_npz_path(file: Path) -> CameraPath:
@@ -153,8 +158,8 @@ def parse_move(text: str) -> Tensor:
             (amount,) = map(float, numbers)
         except ValueError:
             amount = math.nan
-        if not math.isfinite(amount):
-            raise ValueError(f"move {phrase!r}: expected one number after {verb!r}, as in '{verb} 1'")
+        if not abs(amount) < 1e4:
+            raise ValueError(f"move {phrase!r}: expected one number below 10000 after {verb!r}, as in '{verb} 1'")
         component, sign = VERBS[verb]
         move[component] += sign * amount
     return move

@@ -1,10 +1,10 @@
 """Official files -> modules in memory: folders in the Hugging Face layout, and LoRA files.
 
 A network class brings its config (`Config`, a dataclass whose fields are the keys of config.json that matter), names its
-parameters as the checkpoint does, and lists what stays fp32 in a bf16 model (`fp32`) and which other names a file may use
-(`aliases`). It is built on the meta device and filled tensor by tensor by safetensors' own reader, straight to device and
-dtype, so that host memory never holds a second copy. Strict: whatever is missing, unexpected or mis-shaped is named.
-Nothing is ever unpickled.
+parameters as the checkpoint does, and lists what stays fp32 in a bf16 model (`fp32`), which other names a file may use
+(`aliases`) and which parts of a file it has no use for (`ignored`). It is built on the meta device and filled tensor by
+tensor by safetensors' own reader, straight to device and dtype, so that host memory never holds a second copy. Strict:
+whatever is missing, unexpected or mis-shaped is named. Nothing is ever unpickled.
 """
 
 import json
@@ -72,7 +72,8 @@ def fill(module: nn.Module, files: list[Path], device: torch.device | str, dtype
     """Give a module built on the meta device its tensors, each read straight to its device and dtype.
 
     Strict: all names and shapes are compared before the first tensor is read, and every missing, unexpected or mis-shaped
-    one is named. `module.aliases` maps other names that a file may use, `module.fp32` lists what stays fp32.
+    one is named. `module.aliases` maps other names that a file may use, keys that start with one of `module.ignored` are
+    skipped, `module.fp32` lists what stays fp32.
     """
     wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     plan: dict[Path, dict[str, str]] = {path: {} for path in files}  # file -> our name -> key in the file
@@ -80,6 +81,8 @@ def fill(module: nn.Module, files: list[Path], device: torch.device | str, dtype
     for path in files:
         with open_safetensors(path) as file:
             for key in file.keys():
+                if key.startswith(module.ignored):
+                    continue
                 name, shape = module.aliases.get(key, key), file.get_slice(key).get_shape()
                 if name not in wanted:
                     problems.append(f"unexpected {key}")
@@ -103,8 +106,11 @@ def load(network: type[nn.Module], folder: str | Path, device: torch.device | st
     """Build `network` from `folder`/config.json and fill it from the folder's files."""
     folder = Path(folder)
     config = read_config(network.Config, folder / "config.json")
-    with torch.device("meta"):
-        module = network(config)
+    try:
+        with torch.device("meta"):
+            module = network(config)
+    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # negative sizes and the like
+        raise ValueError(f"{folder / 'config.json'}: no network can be built from it ({str(error).splitlines()[0]})") from None
     return fill(module, weight_files(folder), device, dtype)
 
 
@@ -134,15 +140,19 @@ def load_lora(path: str | Path, device: torch.device | str = "cpu", dtype: torch
     halves: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(?:transformer\.)?(.+)\.lora_([AB])\.weight", key)
-        if match is None or tensor.ndim != 2 or not tensor.numel():
-            raise ValueError(f"{path}: {key} {list(tensor.shape)}, expected LAYER.lora_A.weight or .lora_B.weight of two dimensions")
+        if match is None or tensor.ndim != 2 or not tensor.numel() or not tensor.isfinite().all():
+            raise ValueError(f"{path}: {key} {list(tensor.shape)}, expected LAYER.lora_A.weight or .lora_B.weight, finite and of rank 1 up")
         halves[match[2]][match[1]] = tensor.to(device, dtype)
     downs, ups = halves["A"], halves["B"]
     if not downs or downs.keys() != ups.keys():
         raise ValueError(f"{path}: no pair of lora_A and lora_B for: {', '.join(sorted(downs.keys() ^ ups.keys())) or 'any layer'}")
-    adapters = {}
+    adapters, pattern = {}, settings.get("alpha_pattern") or {}
+    if not isinstance(pattern, dict):
+        raise ValueError(f"{path}: alpha_pattern is {pattern!r}, expected layers and numbers")
     for name, down in downs.items():
-        alpha = settings.get("alpha_pattern", {}).get(name, settings.get("lora_alpha", len(down)))
+        alpha = pattern.get(name, settings.get("lora_alpha", len(down)))
+        if type(alpha) not in (int, float):
+            raise ValueError(f"{path}: alpha of {name} is {alpha!r}, expected a number")
         adapters[name] = (down, ups[name], alpha / len(down))
     return Lora(str(path), adapters)
 
@@ -151,17 +161,24 @@ def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     """Tensors and PEFT settings of a LoRA file."""
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
-            header = file.metadata() or {}
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(header.get("lora_adapter_metadata", "{}"))
+            header = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+        try:
+            settings = json.loads(header)
+        except ValueError:
+            settings = None
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path}: lora_adapter_metadata in its header is not a JSON object")
+        return tensors, settings
     if path.suffix != ".pt":
         raise ValueError(f"{path}: a LoRA is a .safetensors or .pt file")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # refuses every pickled object
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load has no error class of its own for a broken or unsafe file
-        raise ValueError(f"{path}: not a readable .pt of plain tensors ({str(error).splitlines()[0]})") from None
+    except Exception:  # torch.load has no error class of its own for a broken or unsafe file
+        raise ValueError(f"{path}: not a readable .pt that holds nothing but tensors") from None
     state = state.get("peft", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
         raise ValueError(f"{path}: expected a dictionary of tensors, or one under the key 'peft'")
     return state, {}

@@ -2,14 +2,14 @@
 
 Pictures are fitted to the video size as the official code does it (Pillow, Lanczos, centre crop or stretch), which is
 why that is not done in torch. Videos are read frame by frame, so that a long one never has to fit in memory, and are
-written under a temporary name that becomes the real one only when the file is complete. Arrays are never unpickled.
+written under temporary names that become the real ones when all of a program's files are complete. Arrays are never unpickled.
 What can't be read is a ValueError of one line naming the file. Left out: sound, 10-bit video, and EXIF rotation, which
 the official code ignores too.
 """
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
+VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".npy"}
 
 
 def open_image(path: str | Path) -> Image.Image:
     if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such picture file")
     try:
         with Image.open(path) as image:
             image.load()
@@ -56,17 +57,27 @@ def fit_image(image: Image.Image, size: tuple[int, int], crop: bool = True) -> T
     return rearrange(pixels, "h w c -> 1 c h w") / 255 * 2 - 1
 
 
+def kept_share(image: Image.Image, size: tuple[int, int]) -> tuple[float, float]:
+    """How much of a picture's height and width the centre crop to the aspect ratio of `size` keeps."""
+    ratio = (size[1] / size[0]) / (image.width / image.height)
+    return min(1.0, 1 / ratio), min(1.0, ratio)
+
+
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file, or of an .npy file (memory-mapped) under the name ''."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file")
     try:
         if Path(path).suffix.lower() == ".npy":
-            return {"": np.load(path, mmap_mode="r", allow_pickle=False)}
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a readable numpy file of plain numbers ({error})") from None
+            arrays = {"": np.load(path, mmap_mode="r", allow_pickle=False)}
+        else:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile):
+        arrays = {}
+    if not arrays or not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        raise ValueError(f"{path}: not a readable numpy file of plain numbers")
+    return arrays
 
 
 def load_depth(path: str | Path) -> Tensor:
@@ -96,7 +107,7 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
         frames = (np.array(load_image(file)) for file in sorted(path.iterdir()) if file.suffix.lower() in PICTURES)
     elif path.suffix.lower() == ".npy":
         frames = read_arrays(path)[""]
-        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8:
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
             raise ValueError(f"{path}: array of shape {frames.shape}, type {frames.dtype}, expected [T,H,W,3] uint8")
     else:
         frames = decode(path)
@@ -128,22 +139,17 @@ def load_video(path: str | Path) -> np.ndarray:
 
 def read_mask(path: str | Path) -> Iterator[np.ndarray]:
     """The frames of a visibility mask, one by one: [H,W] float32 in 0..1. From a video, a folder of pictures, or an
-    .npy [T,H,W] (bool, uint8, or float in 0..1)."""
+    .npy [T,H,W] (bool, or numbers in 0..1 or 0..255)."""
     if Path(path).suffix.lower() != ".npy":
         yield from (frame.mean(-1, dtype=np.float32) / 255 for frame in read_frames(path))
         return
     array = read_arrays(path)[""]
-    if array.ndim != 3 or array.dtype.kind not in "bfu" or array.size == 0:
+    if array.ndim != 3 or array.dtype.kind not in "bfiu" or array.size == 0:
         raise ValueError(f"{path}: array of shape {array.shape}, type {array.dtype}, expected a mask [T,H,W]")
     scale = 255 if array.max() > 1 else 1
     if not 0 <= array.min() <= array.max() <= scale:
         raise ValueError(f"{path}: mask values {array.min()} to {array.max()}, expected 0..1 or 0..255")
     yield from (frame.astype(np.float32) / scale for frame in array)
-
-
-def load_mask(path: str | Path) -> Tensor:
-    """All of `read_mask`: float32 [T,H,W] in 0..1."""
-    return torch.from_numpy(np.stack(list(read_mask(path))))
 
 
 def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -154,71 +160,82 @@ def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.stack([np.asarray(frame) for frame in resized])
 
 
-def temporary(path: str | Path) -> Path:
-    """Reserve a hidden name beside `path`, so that a folder that can't be written is an OSError before any work."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder, expected a file name")
-    name = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    name.touch()
-    return name
+def beside(out: Path, **endings: str) -> dict[str, Path]:
+    """Names of a program's outputs: `out`, which must be an .mp4, as "video", and others beside it: its stem + ending."""
+    if out.suffix.lower() != ".mp4" or out.stem.startswith("."):
+        raise ValueError(f"--out {str(out)!r}: expected a file name that ends in .mp4")
+    return {"video": out} | {name: out.with_name(out.stem + ending) for name, ending in endings.items()}
+
+
+@contextmanager
+def replacing(outputs: dict[str, Path], inputs: Iterable[Path]) -> Iterator[dict[str, Path]]:
+    """Temporary names for `outputs`. They become the real ones, all of them, when the block ends without an error, and
+    are gone otherwise. What can't be written, or would overwrite an input or another output, is an error at once."""
+    taken, partials = {path.resolve() for path in inputs}, {}
+    try:
+        for name, path in outputs.items():
+            if path.resolve() in taken:
+                raise ValueError(f"{path}: this output would overwrite an input or another output")
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path}: expected the name of a file, this is something else")
+            taken.add(path.resolve())
+            partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+            try:
+                partial.touch()
+            except OSError as error:
+                raise OSError(f"{path}: can't be written ({error.strerror})") from None
+            partials[name] = partial
+        yield partials
+        for name, path in outputs.items():
+            os.replace(partials[name], path)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
 
 
 class VideoWriter:
     """`with VideoWriter(path, fps, (height, width)) as video: video.write(frame)`: streams uint8 frames into an mp4.
 
-    The file appears under its name when the block ends without an error, and not at all otherwise. Opening raises
-    OSError if the folder can't be written and ValueError for an odd size, or a name that isn't .mp4.
+    Raises OSError when the encoder stops or the finished file does not hold every frame, as on a full disk.
     """
 
-    def __init__(self, path: str | Path, fps: float, size: tuple[int, int]):
-        if Path(path).suffix.lower() != ".mp4":
-            raise ValueError(f"{path}: expected a file name that ends in .mp4")
-        if size[0] % 2 or size[1] % 2:
-            raise ValueError(f"{path}: frames of {size[0]}x{size[1]}, but H.264 needs an even height and width")
-        self.path, self.size, self.count = Path(path), size, 0
-        self.partial = temporary(path)
+    def __init__(self, path: Path, fps: float, size: tuple[int, int]):
+        self.path, self.size, self.count = path, size, 0
         self.encoder = imageio.get_writer(
-            self.partial, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", quality=None,
-            macro_block_size=1, output_params=["-crf", "17"], ffmpeg_log_level="error",
+            path, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", quality=None,
+            macro_block_size=1, output_params=["-crf", "17"], ffmpeg_log_level="quiet",
         )
+        self.failure = OSError(f"{path.parent}: a video could not be written whole; is there room on the disk?")
 
     def write(self, frame: np.ndarray) -> None:
         """One frame [H,W,3] or [H,W] uint8."""
         if frame.shape[:2] != self.size or frame.dtype != np.uint8:
             raise ValueError(f"{self.path}: frame of {frame.shape} {frame.dtype}, expected uint8 of size {self.size}")
-        self.encoder.append_data(frame if frame.ndim == 3 else np.repeat(frame[..., None], 3, axis=-1))
+        try:
+            self.encoder.append_data(frame if frame.ndim == 3 else np.repeat(frame[..., None], 3, axis=-1))
+        except OSError:
+            raise self.failure from None
         self.count += 1
 
     def __enter__(self) -> "VideoWriter":
         return self
 
     def __exit__(self, error_type, error, traceback) -> None:
+        self.encoder.close()
+        if error_type is None and self.written() != self.count:  # a failed encoder says nothing when it closes
+            raise self.failure
+
+    def written(self) -> int:
         try:
-            self.encoder.close()
-            if error_type is None:
-                if not self.count:
-                    raise ValueError(f"{self.path}: no frames were written")
-                os.replace(self.partial, self.path)
-        finally:
-            self.partial.unlink(missing_ok=True)
+            with imageio.get_reader(self.path, format="FFMPEG") as reader:
+                return reader.count_frames()
+        except (OSError, ValueError, RuntimeError, IndexError):
+            return 0
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A temporary name to write to; it becomes `path` when the block ends without an error, and else is gone."""
-    partial = temporary(path)
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def save_png(path: str | Path, image: np.ndarray) -> None:
-    """Write [H,W,3] or [H,W] uint8, all or nothing."""
-    with replacing(path) as partial:
-        Image.fromarray(image).save(partial, format="PNG")
+def save_png(path: Path, image: np.ndarray) -> None:
+    """[H,W,3] or [H,W] uint8."""
+    Image.fromarray(image).save(path, format="PNG")
 
 
 def evenly_spaced(count: int, columns: int) -> list[int]:
@@ -251,7 +268,7 @@ def top_view(points: np.ndarray, colors: np.ndarray, track: np.ndarray, heading:
     near = points[points[:, 1] <= np.quantile(points[:, 1], 0.9)]  # the sky would shrink everything
     low, high = np.minimum(near.min(0), track.min(0)), np.maximum(near.max(0), track.max(0))
     side, margin = 640, 40
-    scale = (side - 2 * margin) / (high - low).max()
+    scale = (side - 2 * margin) / max((high - low).max(), 1e-9)
     flip = np.array([1, -1]) * scale
     origin = np.array([margin, side - margin]) - low * flip
     canvas = np.full((side, side, 3), 255, np.uint8)
@@ -260,16 +277,16 @@ def top_view(points: np.ndarray, colors: np.ndarray, track: np.ndarray, heading:
     canvas[y[shown], x[shown]] = colors[shown] // 2 + 128  # pale, so that the path stands out
     image = Image.fromarray(canvas)
     draw = ImageDraw.Draw(image)
-    places, ahead = track * flip + origin, track * flip + origin + heading * np.array([16, -16])
+    places, ahead = track * flip + origin, track * flip + origin + heading * np.array([28, -28])
     for index in evenly_spaced(len(track), 13):
         draw.line([*places[index], *ahead[index]], fill="blue")
     draw.line(places.flatten().tolist(), fill="black", width=2)
     for name, (x, y), color in (("start", places[0], "green"), ("end", places[-1], "red")):
         draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=color)
-        draw.text((x + 8, y - 6), name, fill=color)
+        draw.text((x + 8, y - 6) if name == "end" else (x - 8, y + 4), name, fill=color, anchor="la" if name == "end" else "ra")
     draw.line([(margin, margin), (margin, side - margin), (side - margin, side - margin)], fill="gray")
     span = (side - 2 * margin) / scale
-    draw.text((margin, side - margin + 6), f"x {low[0]:.3g}, z {low[1]:.3g}", fill="black")
-    draw.text((side - margin, side - margin + 6), f"x {low[0] + span:.3g}", fill="black", anchor="rt")
-    draw.text((margin, margin - 14), f"z {low[1] + span:.3g}", fill="black")
+    draw.text((margin, side - margin + 6), f"x {low[0]:.4g}, z {low[1]:.4g}", fill="black")
+    draw.text((side - margin, side - margin + 6), f"x {low[0] + span:.4g}", fill="black", anchor="rt")
+    draw.text((margin, margin - 14), f"z {low[1] + span:.4g}", fill="black")
     return np.array(image)

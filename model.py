@@ -49,11 +49,13 @@ class HeliosConfig:
 
     def __post_init__(self):
         fixed = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "has_multi_term_memory_patch": True,
-                 "added_kv_proj_dim": None}
+                 "added_kv_proj_dim": None, "patch_size": (1, 2, 2)}
         for key, value in fixed.items():
             if getattr(self, key) != value:
                 raise ValueError(f"{key} is {getattr(self, key)!r}, supported is only {value!r}")
-        if sum(self.rope_dim) != self.attention_head_dim or any(width % 2 for width in self.rope_dim):
+        if self.history_scale_mode not in ("per_head", "scalar"):
+            raise ValueError(f"history_scale_mode is {self.history_scale_mode!r}, expected per_head or scalar")
+        if len(self.rope_dim) != 3 or sum(self.rope_dim) != self.attention_head_dim or any(width % 2 for width in self.rope_dim):
             raise ValueError(f"rope_dim is {self.rope_dim}, expected three even numbers that sum to {self.attention_head_dim}")
 
     @property
@@ -296,6 +298,7 @@ class Helios(nn.Module):
     Config = HeliosConfig
     fp32 = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")  # stay fp32 in a bf16 model
     aliases = {"scale_shift_table": "norm_out.scale_shift_table"}  # name in files of the older training code
+    ignored: tuple[str, ...] = ()
 
     def __init__(self, config: HeliosConfig):
         super().__init__()
@@ -311,7 +314,6 @@ class Helios(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm_out = OutputNorm(config.dim)
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
-        self.lora: Lora | None = None  # what is attached
 
     @property
     def dtype(self) -> torch.dtype:
@@ -406,4 +408,3 @@ class Helios(nn.Module):
             raise ValueError(f"{lora.source}: not a LoRA of this model: " + "; ".join(problems))
         for name, layer in layers.items():
             layer.adapter = adapters.get(name)
-        self.lora = lora

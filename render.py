@@ -10,7 +10,7 @@ z forward), pixel centres at integers, K in pixels.
 import argparse
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL.Image import Image
 from torch import Tensor
 
 import media
@@ -99,8 +100,6 @@ def quantize(frame: Tensor) -> Tensor:
 
 def pinhole(fov_x: float, height: int, width: int) -> Tensor:
     """[3,3] of a centred camera with square pixels and the horizontal field of view `fov_x` in degrees."""
-    if not 0 < fov_x < 180:
-        raise ValueError(f"fov {fov_x:g}: expected horizontal degrees between 0 and 180")
     focal = width / 2 / math.tan(math.radians(fov_x) / 2)
     return torch.tensor([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
 
@@ -136,6 +135,21 @@ def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor) -> Geometry:
     valid = valid & ~mesh_break(points, depth, valid)
     rgb = rearrange(to_u8(resize((image / 2 + 0.5).clamp(0, 1), size)), "1 c h w -> h w c")
     return ensure_valid(Geometry(points, depth, torch.ones_like(depth), valid, K, c2w, rgb))
+
+
+def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, int],
+          device: torch.device | str = "cpu") -> tuple[Tensor, Geometry]:
+    """A picture centre-cropped to the video `size`, [1,3,H,W] in [-1,1], and its geometry.
+
+    `depth` [h,w] (None: a plane at depth 1) and the horizontal `fov_x` in degrees are those of the whole picture.
+    """
+    image = media.fit_image(picture, size).to(device)
+    rows, columns = media.kept_share(picture, size)
+    depth = torch.ones(1, 1) if depth is None else depth
+    top, left = (round(n * (1 - share) / 2) for n, share in zip(depth.shape, (rows, columns)))
+    depth = depth[top : len(depth) - top, left : depth.shape[1] - left].to(device)
+    fov_x = 2 * math.degrees(math.atan(math.tan(math.radians(fov_x) / 2) * columns))
+    return image, geometry_from_depth(image, depth, pinhole(fov_x, *size))
 
 
 def keep_confident(geometry: Geometry, percent: float) -> Geometry:
@@ -399,61 +413,77 @@ def render(geometry: Geometry, poses: Tensor, size: tuple[int, int], settings: R
 
 def parse_size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal() and int(height) > 0 and int(width) > 0):
-        raise ValueError(f"--size {text!r}: expected HEIGHTxWIDTH, as in 384x640")
+    if not all(part.isdecimal() and len(part) < 5 and 16 <= int(part) <= 8192 and int(part) % 2 == 0 for part in (height, width)):
+        raise ValueError(f"--size {text!r}: expected HEIGHTxWIDTH, even numbers from 16 to 8192, as in 384x640")
     return int(height), int(width)
+
+
+def choose_fov(given: float | None, path: CameraPath) -> float:
+    """The horizontal field of view in degrees: the user's, else the path file's, else 55."""
+    fov_x = given if given is not None else path.fov_x if path.fov_x is not None else 55.0
+    if not 1 <= fov_x <= 179:
+        raise ValueError(f"--fov {fov_x:g}: expected degrees from 1 to 179")
+    return fov_x
 
 
 def preview(args: argparse.Namespace) -> None:
     """Render the path that the arguments describe; write the warp, its mask, a contact sheet and a top view."""
-    size, out = parse_size(args.size), Path(args.out)
-    path = load_path(args.poses) if args.poses else CameraPath(move_path(args.move))
-    fov_x, fps = path.fov_x or args.fov, path.fps or 16.0
+    size, path = parse_size(args.size), load_path(args.poses) if args.move is None else CameraPath(move_path(args.move))
+    fov_x, fps = choose_fov(args.fov, path), path.fps or 16
     count = len(path.c2w) if args.frames is None else args.frames
     if count < 1:
         raise ValueError(f"--frames {count}: expected at least 1")
-    image = media.fit_image(media.load_image(args.image), size)
-    depth = media.load_depth(args.depth) if args.depth else torch.ones(1, 1)
-    geometry = geometry_from_depth(image, depth, pinhole(fov_x, *size))
-    scale = 0.1 * median_depth(geometry)
-    poses = normalize(scale_translation(path.c2w, scale), count)
-    mask_out, sheet_out, view_out = (out.with_name(out.stem + end) for end in ("_mask.mp4", "_sheet.png", "_path.png"))
+    outputs = media.beside(args.out, mask="_mask.mp4", sheet="_sheet.png", path="_path.png")
+    inputs = [file for file in (args.image, args.poses, args.depth) if file is not None]
+    picture = media.load_image(args.image)
+    _, geometry = place(picture, None if args.depth is None else media.load_depth(args.depth), fov_x, size)
+    unit = 0.1 * median_depth(geometry)
+    poses = normalize(scale_translation(path.c2w, unit), count)
     picks, tiles = set(media.evenly_spaced(count, 8)), []
-    with media.VideoWriter(out, fps, size) as video, media.VideoWriter(mask_out, fps, size) as mask:
-        for index, (rgb, visible) in enumerate(render_frames(geometry, poses)):
-            warp = to_video(rgb[None], visible[None], size)
-            pair = [rearrange(to_u8(x[0, :, 0]), "c h w -> h w c") for x in (warp.frames / 2 + 0.5, warp.visible)]
-            pair = [pair[0].numpy(), pair[1].expand(-1, -1, 3).numpy()]
-            video.write(pair[0])
-            mask.write(pair[1])
-            if index in picks:
-                tiles.append(pair)
-    media.save_png(sheet_out, media.contact_sheet(dict(zip(("warp", "mask"), map(np.stack, zip(*tiles))))))
-    ground = [0, 2]  # x and z
-    points = geometry.points[geometry.valid][:, ground].numpy(), geometry.rgb[geometry.valid].numpy()
-    media.save_png(view_out, media.top_view(*points, poses[:, ground, 3].numpy(), poses[:, ground, 2].numpy()))
-    print(f"{count} frames, horizontal field of view {fov_x:g} degrees, translation scale {scale:.4g}")
+    with media.replacing(outputs, inputs) as partial:
+        with media.VideoWriter(partial["video"], fps, size) as video, media.VideoWriter(partial["mask"], fps, size) as mask:
+            for index, (rgb, visible) in enumerate(render_frames(geometry, poses)):
+                warp = to_video(rgb[None], visible[None], size)
+                pair = [rearrange(to_u8(x[0, :, 0]), "c h w -> h w c") for x in (warp.frames / 2 + 0.5, warp.visible)]
+                pair = [pair[0].numpy(), pair[1].expand(-1, -1, 3).numpy()]
+                video.write(pair[0])
+                mask.write(pair[1])
+                if index in picks:
+                    tiles.append(pair)
+        media.save_png(partial["sheet"], media.contact_sheet(dict(zip(("warp", "mask"), map(np.stack, zip(*tiles))))))
+        ground = [0, 2]  # x and z
+        points = geometry.points[geometry.valid][:, ground].numpy(), geometry.rgb[geometry.valid].numpy()
+        media.save_png(partial["path"], media.top_view(*points, poses[:, ground, 3].numpy(), poses[:, ground, 2].numpy()))
+    print(f"{count} frames, horizontal field of view {fov_x:g} degrees, one unit of the path is {unit:.4g} of depth")
     print("geometry:", args.depth or "no --depth, so the picture stands on a plane at depth 1")
-    print("wrote", out, mask_out, sheet_out, view_out)
+    print("wrote", *outputs.values())
 
 
 def main(argv: list[str] | None = None) -> int:
     about = "Preview a camera path: warp, mask, contact sheet, top view."
     parser = argparse.ArgumentParser("render.py", usage=argparse.SUPPRESS, description=about)  # one line an error
-    parser.add_argument("--image", required=True, help="first frame")
+    parser.add_argument("--image", type=Path, required=True, help="first frame")
     camera = parser.add_mutually_exclusive_group(required=True)
-    camera.add_argument("--poses", help='camera-to-world poses: {"c2w": ...} .json or camera_poses .npz')
+    camera.add_argument("--poses", type=Path, help='camera-to-world poses: {"c2w": ...} .json or camera_poses .npz')
     camera.add_argument("--move", help=f'such as "forward 1, yaw -20 + up 1, hold"; verbs: {", ".join(VERBS)}, hold')
-    parser.add_argument("--depth", help="depth map of the image: .npy, .npz or 16-bit picture; without it a plane")
-    parser.add_argument("--fov", type=float, default=55, help="horizontal degrees, if the camera file has none (55)")
+    parser.add_argument("--depth", type=Path, help="depth map of the image: .npy, .npz or 16-bit picture; without it a plane")
+    parser.add_argument("--fov", type=float, help="the picture's horizontal degrees (default: the path file's, or 55)")
     parser.add_argument("--size", default="384x640", help="video HEIGHTxWIDTH (384x640)")
     parser.add_argument("--frames", type=int, help="cut or pad the path to this many frames")
-    parser.add_argument("--out", default="warp.mp4", help="video to write; the others go beside it (warp.mp4)")
+    parser.add_argument("--out", type=Path, default=Path("warp.mp4"), help="video to write; the others go beside it (warp.mp4)")
+    return run_program("render.py", preview, parser.parse_args(argv))
+
+
+def run_program(name: str, program: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Exit status 0; 2 and one line on stderr for bad input; 130 when the user stops it."""
     try:
-        preview(parser.parse_args(argv))
+        program(args)
     except (ValueError, OSError) as error:
-        print(f"render.py: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped, nothing written", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -10,6 +10,8 @@ has exactly the frames asked for.
 """
 
 import argparse
+import itertools
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -26,17 +28,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import media
-from camera import WINDOW, load_path, move_path
+from camera import WINDOW, CameraPath, load_path, move_path
 from checkpoint import Lora, load_lora, network_dtype
 from flow import load_schedule
-from render import geometry_from_depth, parse_size, pinhole, to_u8
+from render import choose_fov, parse_size, place, run_program, to_u8
 from wah import Camera, Chunk, Options, Rollout, encode_prompts, load_models, load_options, make_warp, size_multiple
-
-DEFAULT_FOV = 55.0  # horizontal, degrees
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make a video that follows a camera path through a picture.")
+    parser = argparse.ArgumentParser("sample.py", usage=argparse.SUPPRESS,  # one line an error
+                                     description="Make a video that follows a camera path through a picture.")
     parser.add_argument("--image", type=Path, help="first frame (any picture); a video here is continued")
     camera = parser.add_mutually_exclusive_group()
     camera.add_argument("--poses", type=Path, help="camera path: poses.json or the official .npz")
@@ -44,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     camera.add_argument("--warp", type=Path, help="finished warp video, mp4 or npy (uint8 [T,H,W,3])")
     parser.add_argument("--mask", type=Path, help="visibility of --warp, mp4 or npy ([T,H,W]); default: all visible")
     parser.add_argument("--depth", type=Path, help="depth of the picture: npy, npz or 16-bit png; default: a plane at depth 1")
-    parser.add_argument("--fov", type=float, help=f"horizontal field of view in degrees (default: the file's, or {DEFAULT_FOV:g})")
+    parser.add_argument("--fov", type=float, help="the picture's horizontal degrees (default: the path file's, or 55)")
     parser.add_argument("--prompt", default="", help="what the video shows")
     parser.add_argument("--weights", type=Path, default=Path("weights/Helios-Distilled"), help="folder in the official layout")
     parser.add_argument("--lora", default="auto", help='LoRA file, "off", or "auto": the one beside the weights if there is one')
@@ -69,14 +70,15 @@ def parse_ablation(text: str, options: Options) -> Options:
 
 def find_lora(choice: str, weights: Path, led: bool) -> Path | None:
     """The LoRA file to use. It belongs to runs that a warp leads; plain Helios runs without."""
-    if choice.lower() in ("off", "none"):
+    word = choice.lower()
+    if word in ("off", "none", "no", "false", "null", "0", "") or (word == "auto" and not led):
         return None
-    if choice != "auto":
-        if not led:
-            raise ValueError("--lora needs a camera: --poses, --move or --warp")
-        return Path(choice)
-    released = weights.parent / "warp-as-history" / "visible_lora_state_step1000.safetensors"
-    return next((path for path in (weights / "lora.safetensors", released) if led and path.is_file()), None)
+    if word == "auto":
+        released = weights.parent / "warp-as-history" / "visible_lora_state_step1000.safetensors"
+        return next((path for path in (weights / "lora.safetensors", released) if path.is_file()), None)
+    if not led:
+        raise ValueError("--lora needs a camera: --poses, --move or --warp")
+    return Path(choice)
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
@@ -84,24 +86,22 @@ def find_lora(choice: str, weights: Path, led: bool) -> Path | None:
 
 @dataclass(frozen=True)
 class Job:
-    """A run's inputs, all of them checked."""
+    """A run's inputs, all of them checked; the networks are still to come."""
 
+    options: Options
     size: tuple[int, int]
     frames: int
     fps: float
-    options: Options
     controls: Iterator[dict]  # what `Rollout.next` takes, chunk by chunk
-    image: Tensor | None = None  # [1, 3, H, W]
-    video: Tensor | None = None  # [1, 3, T, H, W]
-    camera: Camera | None = None
-    lora: Lora | None = None
-    led: bool = False  # by a warp, rendered or given
+    start: dict  # what `Rollout` starts from: image [1, 3, H, W] and camera, or video [1, 3, T, H, W], or nothing
+    led: bool  # by a warp, rendered or given
+    lora: Lora | None
 
 
 def pose_chunks(c2w: Tensor, frames: int) -> Iterator[dict]:
-    """Poses by the chunk; the last pose holds to the end of the last chunk."""
+    """Poses by the chunk; the last pose holds to the end."""
     for start in range(0, frames, WINDOW):
-        yield {"poses": c2w[torch.arange(start, start + WINDOW).clamp(max=len(c2w) - 1)]}
+        yield {"poses": c2w[min(start, len(c2w) - 1):][:WINDOW]}
 
 
 def warp_chunks(warp: Path, mask: Path | None, frames: int, size: tuple[int, int]) -> Iterator[dict]:
@@ -118,54 +118,73 @@ def warp_chunks(warp: Path, mask: Path | None, frames: int, size: tuple[int, int
         yield {"warp": make_warp(take(pictures, count), None if masks is None else take(masks, count), size)}
 
 
+def count_warp(warp: Path, mask: Path | None, asked: int | None) -> int:
+    """Frames to make from a warp; the whole warp and mask are read once to be sure that they are there."""
+    there = sum(1 for _ in media.read_frames(warp))
+    masked = there if mask is None else sum(1 for _ in media.read_mask(mask))
+    if masked != there:
+        raise ValueError(f"{mask} has {masked} frames, expected {there} as {warp}")
+    if asked is not None and there < asked:
+        raise ValueError(f"{warp} has {there} frames, expected at least {asked} (--frames)")
+    return there if asked is None else asked
+
+
+def check(args: argparse.Namespace) -> None:
+    """What can be said of the words alone."""
+    if args.frames is not None and args.frames < 1:
+        raise ValueError(f"--frames {args.frames}: expected at least 1")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
+    path = args.poses is not None or args.move is not None
+    for flag, given, partner, there in (("--mask", args.mask, "--warp", args.warp is not None), ("--depth", args.depth, "a path", path),
+                                        ("--fov", args.fov, "a path: --poses or --move", path)):
+        if given is not None and not there:
+            raise ValueError(f"{flag} needs {partner}")
+    if args.image is None and (path or args.warp is not None):
+        raise ValueError("a camera needs --image: the picture that it moves through")
+    if args.save_latents is not None and args.save_latents.suffix != ".safetensors":
+        raise ValueError(f"--save-latents {args.save_latents}: expected a file name that ends in .safetensors")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
+        raise ValueError(f"--device {args.device!r}: expected cpu, cuda or cuda:N")
+    if args.device != "cpu" and int(args.device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {args.device}: there is no such device, {torch.cuda.device_count()} found")
+    if not (args.weights / "model_index.json").is_file():
+        raise ValueError(f"--weights {args.weights}: no model_index.json there; weights/README.md says what to download")
+
+
 def prepare(args: argparse.Namespace) -> Job:
     """Read and check all inputs but the networks; raises ValueError or OSError with one line."""
+    check(args)
     schedule, options = load_schedule(args.weights), parse_ablation(args.ablate, load_options(args.weights))
     size, multiple = parse_size(args.size), size_multiple(schedule)
     if any(side % multiple for side in size):
         raise ValueError(f"--size {args.size}: height and width must be multiples of {multiple}")
-    if args.frames is not None and args.frames < 1:
-        raise ValueError(f"--frames {args.frames}: expected at least 1")
-    path = load_path(args.poses) if args.poses else None
-    c2w = move_path(args.move) if args.move else path.c2w if path else None
-    led = c2w is not None or args.warp is not None
-    for flag, given, partner, there in (("--mask", args.mask, "--warp", args.warp), ("--depth", args.depth, "a camera path", c2w)):
-        if given is not None and there is None:
-            raise ValueError(f"{flag} needs {partner}")
-    if led and args.image is None:
-        raise ValueError("a camera needs --image: the picture that it moves through")
-    lora = find_lora(args.lora, args.weights, led)
-    dtype = network_dtype(args.device)
-    job = Job(size, args.frames or WINDOW, (path and path.fps) or 16.0, options, iter(()),
-              lora=load_lora(lora, args.device, dtype) if lora else None, led=led)
+    path = CameraPath(move_path(args.move)) if args.move is not None else load_path(args.poses) if args.poses is not None else None
+    led = path is not None or args.warp is not None
+    lora, dtype = find_lora(args.lora, args.weights, led), network_dtype(args.device)
     print(f"weights {args.weights}, LoRA {lora or 'none'}, {args.device} in {str(dtype).removeprefix('torch.')}, seed {args.seed}")
-
-    if args.image is not None and args.image.suffix.lower() not in media.PICTURES and not led:
-        frames = media.load_video(args.image)
-        if len(frames) < WINDOW:
-            raise ValueError(f"{args.image}: {len(frames)} frames, to be continued a video needs at least {WINDOW}")
-        job = replace(job, video=make_warp(frames, None, size).frames)
+    frames, start, controls = args.frames or WINDOW, {}, ({} for _ in itertools.count())
+    if path is not None:
+        fov = choose_fov(args.fov, path)
+        depth = None if args.depth is None else media.load_depth(args.depth)
+        image, geometry = place(media.load_image(args.image), depth, fov, size, args.device)
+        start = {"image": image, "camera": Camera(geometry, size)}
+        frames = args.frames or len(path.c2w)
+        controls = pose_chunks(path.c2w, frames)
+        print(f"camera: {len(path.c2w)} poses, horizontal field of view {fov:g} degrees, one unit of the path is"
+              f" {start['camera'].unit:.4g} of depth; geometry: {args.depth or 'no --depth, so the picture stands on a plane at depth 1'}")
+    elif args.warp is not None:
+        start = {"image": media.fit_image(media.load_image(args.image), size, crop=False)}
+        frames = count_warp(args.warp, args.mask, args.frames)
+        controls = warp_chunks(args.warp, args.mask, frames, size)
+    elif args.image is not None and (args.image.is_dir() or args.image.suffix.lower() in media.VIDEOS):
+        start = {"video": make_warp(media.load_video(args.image), None, size).frames}
+        if start["video"].shape[2] < WINDOW:
+            raise ValueError(f"{args.image}: {start['video'].shape[2]} frames, to be continued a video needs at least {WINDOW}")
     elif args.image is not None:
-        picture = media.load_image(args.image)
-        job = replace(job, image=media.fit_image(picture, size, crop=c2w is not None))
-
-    if c2w is not None:
-        fov = (path and path.fov_x) or args.fov or DEFAULT_FOV
-        depth = media.load_depth(args.depth) if args.depth else torch.ones(1, 1)
-        geometry = geometry_from_depth(job.image.to(args.device), depth.to(args.device), pinhole(fov, *size))
-        camera = Camera(geometry, size)
-        print(f"camera: {len(c2w)} poses, horizontal field of view {fov:g} degrees, one unit of the path is {camera.unit:.4g} of depth;"
-              f" geometry: {args.depth or 'no --depth, so the picture stands on a plane at depth 1'}")
-        frames = args.frames or len(c2w)
-        return replace(job, frames=frames, camera=camera, controls=pose_chunks(c2w, frames))
-    if args.warp is not None:
-        there = sum(1 for _ in media.read_frames(args.warp))
-        masked = there if args.mask is None else sum(1 for _ in media.read_mask(args.mask))
-        if masked != there or there < (args.frames or 1):
-            raise ValueError(f"{args.warp} has {there} frames and the mask {masked}, expected {args.frames or 'as many'} in both")
-        frames = args.frames or there
-        return replace(job, frames=frames, controls=warp_chunks(args.warp, args.mask, frames, size))
-    return replace(job, controls=({} for _ in range(0, job.frames, WINDOW)))
+        start = {"image": media.fit_image(media.load_image(args.image), size, crop=False)}
+    return Job(options, size, frames, (path and path.fps) or 16, islice(controls, -(-frames // WINDOW)), start, led,
+               load_lora(lora, args.device, dtype) if lora else None)
 
 
 # ------------------------------------------------------------------------------------------------------------ outputs
@@ -197,23 +216,20 @@ def to_frames(video: Tensor) -> np.ndarray:
 
 
 class Output:
-    """The video, its warp and the tiles of the contact sheet, written as chunks arrive.
+    """The video, its warp and the tiles of the contact sheet, written to `files` as chunks arrive."""
 
-    `files` closes the videos, which appear under their names when it ends without an error.
-    """
-
-    def __init__(self, path: Path, job: Job, files: ExitStack):
-        self.job, self.count = job, 0
-        self.paths = {"result": path} | ({"warp": path.with_name(f"{path.stem}_warp.mp4")} if job.led else {})
-        self.videos = {name: files.enter_context(media.VideoWriter(file, job.fps, job.size)) for name, file in self.paths.items()}
+    def __init__(self, files: dict[str, Path], job: Job, closing: ExitStack):
+        self.frames, self.count = job.frames, 0
+        self.videos = {name: closing.enter_context(media.VideoWriter(files[name], job.fps, job.size))
+                       for name in ("video", "warp") if name in files}
         self.picks = set(media.evenly_spaced(job.frames, 8))
-        self.tiles: dict[str, list[np.ndarray]] = {name: [] for name in (("warp", "mask") if job.led else ()) + ("result",)}
+        self.tiles: dict[str, list[np.ndarray]] = {name: [] for name in (("warp", "mask") if job.led else ()) + ("video",)}
 
     def add(self, chunk: Chunk) -> None:
-        rows = {"result": to_frames(chunk.frames / 2 + 0.5)}
-        if self.job.led:
+        rows = {"video": to_frames(chunk.frames / 2 + 0.5)}
+        if chunk.warp is not None:
             rows |= {"warp": to_frames(chunk.warp.frames / 2 + 0.5), "mask": to_frames(chunk.warp.visible)}
-        for index in range(min(WINDOW, self.job.frames - self.count)):
+        for index in range(min(WINDOW, self.frames - self.count)):
             for name, frames in rows.items():
                 if name in self.videos:
                     self.videos[name].write(frames[index])
@@ -221,9 +237,8 @@ class Output:
                     self.tiles[name].append(frames[index])
             self.count += 1
 
-    def save_sheet(self) -> None:
-        self.paths["sheet"] = self.paths["result"].with_name(f"{self.paths['result'].stem}_sheet.png")
-        media.save_png(self.paths["sheet"], media.contact_sheet({name: np.stack(tiles) for name, tiles in self.tiles.items()}))
+    def sheet(self) -> np.ndarray:
+        return media.contact_sheet({name: np.stack(tiles) for name, tiles in self.tiles.items()})
 
 
 def peak_memory(device: str) -> str:
@@ -235,49 +250,51 @@ def peak_memory(device: str) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory"
 
 
+def generate(args: argparse.Namespace, job: Job, output: Output) -> tuple[Rollout, float, list[Tensor]]:
+    """Load the networks and make the video; Ctrl-C after the first chunk ends it early. Returns the rollout, its seconds
+    and the latents, with those given in front as in the official latent output, if they are wanted."""
+    prompts = encode_prompts(args.weights, args.prompt, job.lora is not None, job.options.guidance > 1, args.device)
+    models = load_models(args.weights, args.device)
+    progress = Progress(job.options, models.schedule.sampler == "dmd", chunks=-(-job.frames // WINDOW))
+    generator = torch.Generator("cpu").manual_seed(args.seed)
+    begin = time.perf_counter()
+    rollout = Rollout(models, prompts, job.size, generator, **job.start, lora=job.lora, options=job.options, on_step=progress)
+    latents = [rollout.given.cpu()]
+    try:
+        for control in job.controls:
+            chunk = rollout.next(**control)
+            output.add(chunk)
+            if args.save_latents is not None:
+                latents.append(chunk.latents.cpu())
+    except KeyboardInterrupt:
+        if not output.count:
+            raise
+        print(f"\nstopped: keeping the {output.count} frames that are done")
+    finally:
+        progress.close()
+    return rollout, time.perf_counter() - begin, latents
+
+
 def run(args: argparse.Namespace) -> None:
     job = prepare(args)
-    with ExitStack() as files:
-        output = Output(args.out, job, files)
-        latents_file = files.enter_context(media.replacing(args.save_latents)) if args.save_latents else None
-        prompts = encode_prompts(args.weights, args.prompt, job.lora is not None, job.options.guidance > 1, args.device)
-        models = load_models(args.weights, args.device)
-        progress = Progress(job.options, models.schedule.sampler == "dmd", chunks=-(-job.frames // WINDOW))
-        generator = torch.Generator("cpu").manual_seed(args.seed)
-        begin = time.perf_counter()
-        rollout = Rollout(models, prompts, job.size, generator, job.image, job.video, job.camera, job.lora, job.options, progress)
-        latents = [rollout.given.cpu()]
-        try:
-            for control in job.controls:
-                chunk = rollout.next(**control)
-                output.add(chunk)
-                if latents_file:
-                    latents.append(chunk.latents.cpu())
-        except KeyboardInterrupt:
-            if not output.count:
-                raise
-            print(f"\nstopped: keeping the {output.count} frames that are done")
-        progress.close()
-        seconds = time.perf_counter() - begin
-        if latents_file:  # as the official latent output, with the fake latent (or the video's latents) in front
-            latents_file.write_bytes(save({"latents": torch.cat(latents, dim=2)}))
-    output.save_sheet()
-    print(f"wrote {output.count} frames:", *output.paths.values(), args.save_latents or "")
+    outputs = media.beside(args.out, **({"warp": "_warp.mp4"} if job.led else {}), sheet="_sheet.png")
+    if args.save_latents is not None:
+        outputs["latents"] = args.save_latents
+    inputs = [path for path in (args.image, args.poses, args.warp, args.mask, args.depth) if path is not None]
+    with media.replacing(outputs, inputs) as files:
+        with ExitStack() as closing:
+            output = Output(files, job, closing)
+            rollout, seconds, latents = generate(args, job, output)
+        media.save_png(files["sheet"], output.sheet())
+        if "latents" in files:
+            files["latents"].write_bytes(save({"latents": torch.cat(latents, dim=2)}))
+    print(f"wrote {output.count} frames:", *outputs.values())
     print(f"{seconds / rollout.chunk:.2f} s/chunk, {output.count / seconds:.2f} frames/s, {rollout.flops / seconds / 1e12:.3g} TFLOP/s"
           f" ({rollout.flops / 1e12:.3g} TFLOP counted in the transformer), peak {peak_memory(args.device)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nsample.py: stopped before the first chunk, nothing written", file=sys.stderr)
-        return 130
-    return 0
+    return run_program("sample.py", run, parse(argv))
 
 
 if __name__ == "__main__":

@@ -61,10 +61,12 @@ class UMT5Config:
     relative_attention_max_distance: int = 128  # from here on all distances share the last bucket
     layer_norm_epsilon: float = 1e-6
     feed_forward_proj: str = "gated-gelu"
+    dense_act_fn: str = "gelu_new"
 
     def __post_init__(self):
-        if self.feed_forward_proj != "gated-gelu":
-            raise ValueError(f"feed_forward_proj is {self.feed_forward_proj}, expected gated-gelu")
+        for key, value in (("feed_forward_proj", "gated-gelu"), ("dense_act_fn", "gelu_new")):
+            if getattr(self, key) != value:
+                raise ValueError(f"{key} is {getattr(self, key)!r}, supported is only {value!r}")
 
 
 def distance_buckets(length: int, buckets: int, max_distance: int, device: torch.device) -> Tensor:
@@ -96,7 +98,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
         q, k, v = (rearrange(layer(x), "b n (h d) -> b h n d", h=self.num_heads) for layer in (self.q, self.k, self.v))
-        bias = rearrange(self.relative_attention_bias(buckets), "q k h -> 1 h q k")
+        bias = rearrange(self.relative_attention_bias(buckets), "q k h -> 1 h q k").contiguous()  # fused kernels want it so
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.o(rearrange(y, "b h n d -> b n (h d)"))
 
@@ -137,6 +139,7 @@ class UMT5Encoder(nn.Module):
     Config = UMT5Config
     fp32: tuple[str, ...] = ()
     aliases: dict[str, str] = {"encoder.embed_tokens.weight": "shared.weight"}  # a file may hold either or both
+    ignored: tuple[str, ...] = ()
 
     def __init__(self, config: UMT5Config):
         super().__init__()

@@ -45,6 +45,9 @@ class VAEConfig:
     decoder_base_dim: int | None = None
 
     def __post_init__(self):
+        for key in ("latents_mean", "latents_std"):
+            if len(getattr(self, key)) != self.z_dim:
+                raise ValueError(f"{key} has {len(getattr(self, key))} numbers, expected z_dim = {self.z_dim}")
         for key in ("attn_scales", "is_residual", "patch_size", "decoder_base_dim"):
             if getattr(self, key):
                 raise ValueError(f"{key} is {getattr(self, key)}, expected none (Wan 2.1, not 2.2)")
@@ -240,6 +243,7 @@ class VAE(nn.Module):
     Config = VAEConfig
     fp32: tuple[str, ...] = ()
     aliases: dict[str, str] = {}
+    ignored: tuple[str, ...] = ()
 
     def __init__(self, config: VAEConfig):
         super().__init__()

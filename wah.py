@@ -10,21 +10,20 @@ CPU generator in the official order, so that a seed means the same video everywh
 results and its quirks where marked; not its repeated normalisation of the warp, and not its drifting LoRA weights.
 """
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor
 
 import media
 from camera import WINDOW, normalize, scale_translation
 from checkpoint import Lora, load, network_dtype, read_json
-from flow import Schedule, guide, load_schedule, sample
+from flow import Schedule, Velocity, guide, load_schedule, sample
 from model import Band, Helios, History
 from render import Geometry, Warp, median_depth, render
 from text import Tokenizer, UMT5Encoder, encode_prompt
@@ -133,26 +132,24 @@ def mask_latents(visible: Tensor, frames: int = CHUNK) -> Tensor:
     return resize_volume(visible[:, :, index], torch.Size((frames, height // 8, width // 8))).clamp(0, 1)
 
 
+@dataclass(frozen=True)
 class Camera:
-    """Warps of the first frame along a path, from one geometry, a chunk of poses at a time.
+    """Warps of the first frame along a path, all of them from its one geometry."""
 
-    `unit` is the length of the poses' unit in the geometry's: by default, as officially, a tenth of the first frame's
-    median depth.
-    """
+    geometry: Geometry
+    size: tuple[int, int]
 
-    def __init__(self, geometry: Geometry, size: tuple[int, int], unit: float | None = None):
-        self.geometry, self.size = geometry, size
-        self.unit = 0.1 * median_depth(geometry) if unit is None else unit
-        self.first: Tensor | None = None
+    @property
+    def unit(self) -> float:
+        """Length of a path's unit in the geometry's: officially a tenth of the first frame's median depth."""
+        return 0.1 * median_depth(self.geometry)
 
-    def warp(self, poses: Tensor) -> Warp:
-        """`poses` [33, 4, 4] of a chunk's frames, camera-to-world; the first of all is the camera of the picture."""
-        poses = scale_translation(poses, self.unit)
-        if self.first is None:
-            self.first = poses[:1]
-            return render(self.geometry, normalize(poses, len(poses)), self.size)
-        # The renderer's first frame is always the picture itself: it is put in front and taken off again.
-        warp = render(self.geometry, normalize(torch.cat([self.first, poses]), len(poses) + 1), self.size)
+    def warp(self, poses: Tensor, first: Tensor | None = None) -> Warp:
+        """The view from `poses` [T, 4, 4], camera-to-world. `first` [4, 4] is the pose of the picture's own camera; without
+        it that is the first of `poses`, whose frame then is the picture itself."""
+        if first is None:
+            return render(self.geometry, normalize(scale_translation(poses, self.unit), len(poses)), self.size)
+        warp = self.warp(torch.cat([first[None], poses]))
         return Warp(warp.frames[:, :, 1:], warp.visible[:, :, 1:])
 
 
@@ -182,17 +179,22 @@ class Rollout:
         multiple = size_multiple(models.schedule)
         if any(side % multiple or side <= 0 for side in size):
             raise ValueError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
-        if len(options.steps) != models.schedule.stages:
-            raise ValueError(f"steps {options.steps}: the schedule has {models.schedule.stages} stages")
+        if len(options.steps) != models.schedule.stages or min(options.steps) < 1:
+            raise ValueError(f"steps {options.steps}: expected {models.schedule.stages} numbers of at least 1, one a stage")
+        if lora is not None and prompts.trigger is None:
+            raise ValueError("a LoRA needs the prompt with its trigger")
+        models.transformer.set_lora(lora)  # a LoRA of another model is refused here, before any work
+        models.transformer.set_lora(None)
         self.models, self.prompts, self.camera, self.lora, self.options = models, prompts, camera, lora, options
         self.generator, self.on_step = generator, on_step or (lambda chunk, stage, step: None)
         self.device = models.transformer.proj_out.weight.device
-        self.latent_size = size[0] // 8, size[1] // 8
+        self.size, self.latent_size = size, (size[0] // 8, size[1] // 8)
         self.chunk = 0
         self.flops = 0  # of the transformer, so far
         self.first_frame: Tensor | None = None  # clean latent that replaces the first one generated
         self.prefix: Tensor | None = None  # what stands at time index 0
         self.noisy_prefix: Tensor | None = None  # the same for the warp's stage
+        self.first_pose: Tensor | None = None
         self.given = self.zeros(0)
         self.earlier = self.zeros(0)  # generated latents, as many as the warp's stage may look at
         self.text_cache: dict[str, list] = {}
@@ -216,6 +218,8 @@ class Rollout:
 
     def encode(self, video: Tensor) -> Tensor:
         """Normalised posterior sample of a video [1, 3, 1 + 4k, H, W]: [1, 16, 1 + k, h, w]."""
+        if tuple(video.shape[-2:]) != self.size:
+            raise ValueError(f"frames of {video.shape[-2]}x{video.shape[-1]}, expected {self.size[0]}x{self.size[1]}")
         vae = self.models.vae
         mean, logvar = vae.encode(video.to(self.device))
         return vae.normalize(vae.sample(mean, logvar, self.normal(mean.shape[2])))
@@ -271,6 +275,18 @@ class Rollout:
         visible = warp.visible if self.options.mask_lag else warp.visible[:, :, -WINDOW:]
         return latents, mask_latents(visible.to(self.device))
 
+    def previous_window(self) -> tuple[Tensor, Tensor]:
+        """Latents [1, 16, n, h, w] just before the target and their visibility [1, 1, n, h, w]: what has been generated,
+        right-aligned after zeros that count as invisible.
+
+        Kept for parity: in chunk 0 it ends with the fake latent, which later chunks do not see (the native history does).
+        """
+        total, short = sum(self.options.previous), self.options.previous[2]
+        seen = self.native[:, :, -1:] if self.chunk == 0 and short else self.earlier
+        blank = self.zeros(total - seen.shape[2])
+        visible = torch.cat([blank[:, :1], torch.ones_like(seen[:, :1])], dim=2)
+        return torch.cat([blank, seen], dim=2), visible
+
     def warp_history(self, warp: Warp) -> History:
         """The method: [first frame, previous latents, warp] as history, aligned with the target and without holes."""
         options = self.options
@@ -279,31 +295,24 @@ class Rollout:
         if options.warp_noise and not options.image_noise and self.noisy_prefix is None:
             self.noisy_prefix = self.noised(self.prefix, options.warp_sigma)  # drawn once, for all chunks
         prefix = self.prefix if self.noisy_prefix is None else self.noisy_prefix
-        latents, visible = self.warp_latents(warp)
+        warp_latents, warp_visible = self.warp_latents(warp)
 
-        # The window before the target: what has been generated, right-aligned after zeros that count as invisible. Kept for
-        # parity: in chunk 0 it ends with the fake latent, which later chunks do not see (unlike in the native history).
-        total = sum(options.previous)
-        seen = (self.native[:, :, -1:] if self.chunk == 0 else self.earlier)[:, :, -total:] if total else self.zeros(0)
-        if self.chunk == 0:
-            seen = seen[:, :, :options.previous[2]]
-        window = torch.cat([self.zeros(total - seen.shape[2]), seen], dim=2)
-        window_time = self.indices(FIRST_TARGET - total, total)
-        window_visible = (torch.arange(total, device=self.device) >= total - seen.shape[2]).float()
+        window, visible = self.previous_window()
+        long, mid, short = window.split(options.previous, dim=2)
+        visible_long, visible_mid, visible_short = visible.split(options.previous, dim=2)
+        total = window.shape[2]
+        time_long, time_mid, time_short = self.indices(FIRST_TARGET - total, total).split(options.previous)
+        time_target = self.indices(FIRST_TARGET, CHUNK)
 
-        long, mid, short = (
-            Band(part, time, repeat(shown, "t -> 1 1 t h w", h=part.shape[3], w=part.shape[4]))
-            for part, time, shown in zip(window.split(options.previous, dim=2), window_time.split(options.previous),
-                                         window_visible.split(options.previous)))
-        aligned = self.indices(FIRST_TARGET, CHUNK)
-        short = Band(torch.cat([prefix, short.latents, latents], dim=2),
-                     torch.cat([self.indices(0, 1), short.indices, aligned]),
-                     torch.cat([torch.ones_like(visible[:, :, :1]), short.visible, visible], dim=2))
-        history = History(short, mid, long, indices=aligned if options.align else aligned + CHUNK, threshold=options.threshold)
-        bands = {name: getattr(history, name) for name in ("short", "mid", "long")}
-        return replace(history, **{
-            name: None if not len(band.indices) else band if options.drop else replace(band, visible=None)
-            for name, band in bands.items()})
+        def band(latents: Tensor, indices: Tensor, visible: Tensor) -> Band | None:
+            return Band(latents, indices, visible if options.drop else None) if len(indices) else None
+
+        return History(
+            short=band(torch.cat([prefix, short, warp_latents], dim=2),
+                       torch.cat([self.indices(0, 1), time_short, time_target]),
+                       torch.cat([torch.ones_like(warp_visible[:, :, :1]), visible_short, warp_visible], dim=2)),
+            mid=band(mid, time_mid, visible_mid), long=band(long, time_long, visible_long),
+            indices=time_target if options.align else time_target + CHUNK, threshold=options.threshold)
 
     # ---- a chunk
 
@@ -313,11 +322,10 @@ class Rollout:
             self.text_cache[name] = self.models.transformer.text(getattr(self.prompts, name))
         return self.text_cache[name]
 
-    def velocity_for(self, stage: int, shape: torch.Size, history: History) -> Callable[[Tensor, float, int], Tensor]:
+    def velocity_for(self, stage: int, shape: torch.Size, history: History, text: list) -> Velocity:
         """The guided model of one stage, with all that stays the same over its steps prepared."""
         options, transformer = self.options, self.models.transformer
         context = transformer.context(history, shape[2:])
-        text = self.text("trigger" if transformer.lora is not None else "plain")
         negative = self.text("negative") if options.guidance > 1 else None
         cost = transformer.flops(context, text[0][0].shape[1]) * (1 if negative is None else 2)
         zeroed = options.zero_steps + 1 if options.zero_star and options.zero_steps is not None and stage == 0 else 0
@@ -337,19 +345,25 @@ class Rollout:
 
     @torch.no_grad()
     def next(self, poses: Tensor | None = None, warp: Warp | None = None) -> Chunk:
-        """Generate 33 frames: along `poses` [33, 4, 4] (needs the camera), led by a `warp` that was made elsewhere
-        ([1, 3, 33 or 34, H, W]), or, with neither, as plain Helios continues."""
+        """Generate 33 frames: along `poses` [T, 4, 4] (needs the camera; the last one holds if there are fewer than 33), led
+        by a `warp` that was made elsewhere ([1, 3, 33 or 34, H, W]), or, with neither, as plain Helios continues."""
         if poses is not None:
-            warp = self.camera.warp(poses)
+            if self.camera is None or warp is not None:
+                raise ValueError("poses need a camera, and no warp beside them")
+            poses = poses[torch.arange(WINDOW).clamp(max=len(poses) - 1)]
+            warp = self.camera.warp(poses, self.first_pose)
+            self.first_pose = poses[0] if self.first_pose is None else self.first_pose
         noise = self.normal(CHUNK)
         native = self.native_history()
         led = self.warp_history(warp) if warp is not None else None
         transformer = self.models.transformer
 
-        def velocity_for(stage: int, shape: torch.Size):
-            first = stage == 0 and led is not None
-            transformer.set_lora(self.lora if first else None)
-            return self.velocity_for(stage, shape, led if first else native)
+        def velocity_for(stage: int, shape: torch.Size) -> Velocity:
+            if stage > 0 or led is None:
+                transformer.set_lora(None)
+                return self.velocity_for(stage, shape, native, self.text("plain"))
+            transformer.set_lora(self.lora)
+            return self.velocity_for(stage, shape, led, self.text("plain" if self.lora is None else "trigger"))
 
         amplify = self.options.amplify_first_chunk and self.chunk == 0
         latents = sample(velocity_for, noise, self.models.schedule, self.options.steps, self.generator, amplify)
@@ -363,7 +377,8 @@ class Rollout:
         elif self.chunk == 0:
             self.prefix = latents[:, :, :1]
         self.native = torch.cat([self.native, latents], dim=2)[:, :, -sum(BANDS):]
-        self.earlier = torch.cat([self.earlier, latents], dim=2)[:, :, -max(sum(self.options.previous), 1):]
+        earlier = torch.cat([self.earlier, latents], dim=2)
+        self.earlier = earlier[:, :, max(earlier.shape[2] - sum(self.options.previous), 0):]
         self.chunk += 1
         vae = self.models.vae
         return Chunk(vae.decode(vae.denormalize(latents)), latents, warp)

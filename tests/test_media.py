@@ -131,42 +131,65 @@ def test_bad_videos(tmp_path):
             media.load_video(tmp_path / name)
 
 
+def load_mask(path) -> np.ndarray:
+    return np.stack(list(media.read_mask(path)))
+
+
 def test_masks(tmp_path):
     mask = np.zeros((3, 32, 48), bool)
     mask[:, 8:24, 12:36] = True
     for name, array in (("bool", mask), ("byte", mask.astype(np.uint8) * 255), ("float", mask * 0.5)):
         np.save(tmp_path / f"{name}.npy", array)
-        loaded = media.load_mask(tmp_path / f"{name}.npy")
-        assert loaded.dtype == torch.float32 and np.array_equal(loaded, mask * (0.5 if name == "float" else 1.0))
+        loaded = load_mask(tmp_path / f"{name}.npy")
+        assert loaded.dtype == np.float32 and np.array_equal(loaded, mask * (0.5 if name == "float" else 1.0))
     write(tmp_path / "m.mp4", mask.astype(np.uint8) * 255)
-    assert np.abs(media.load_mask(tmp_path / "m.mp4").numpy() - mask).mean() < 0.02
+    assert np.abs(load_mask(tmp_path / "m.mp4") - mask).mean() < 0.02
     np.save(tmp_path / "bad.npy", mask - 3.0)
     with pytest.raises(ValueError, match="bad.npy.*expected 0..1"):
-        media.load_mask(tmp_path / "bad.npy")
+        load_mask(tmp_path / "bad.npy")
 
 
-def test_a_failed_video_leaves_nothing(tmp_path):
-    (tmp_path / "v.mp4").write_text("before")
-    with pytest.raises(RuntimeError, match="stop"), media.VideoWriter(tmp_path / "v.mp4", 8, (32, 48)) as video:
-        video.write(SMOOTH)
-        raise RuntimeError("stop")
-    with pytest.raises(ValueError, match="no frames"), media.VideoWriter(tmp_path / "v.mp4", 8, (32, 48)):
-        pass
-    with pytest.raises(ValueError, match="expected uint8"), media.VideoWriter(tmp_path / "v.mp4", 8, (32, 50)) as video:
-        video.write(SMOOTH)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("v.mp4", "before")]
+def publish(paths: dict, inputs=(), content="new", fail=False) -> None:
+    with media.replacing(paths, inputs) as partials:
+        for partial in partials.values():
+            partial.write_text(content)
+        if fail:
+            raise RuntimeError("stop")
 
 
-def test_what_cannot_be_written_is_noticed_at_opening(tmp_path):
+def test_outputs_appear_together_or_not_at_all(tmp_path):
+    paths = {"a": tmp_path / "a.txt", "b": tmp_path / "b.txt"}
+    paths["a"].write_text("before")
+    with pytest.raises(RuntimeError, match="stop"):
+        publish(paths, fail=True)
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "before")]
+    publish(paths)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "new", "b.txt": "new"}
+
+
+def test_what_cannot_be_written_is_noticed_at_once(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
-    for name, error in (("no/v.mp4", OSError), ("folder.mp4", OSError), ("v.avi", ValueError)):
-        with pytest.raises(error):
-            media.VideoWriter(tmp_path / name, 8, (32, 48))
-    with pytest.raises(ValueError, match="even"):
-        media.VideoWriter(tmp_path / "v.mp4", 8, (31, 48))
-    with pytest.raises(OSError):
-        media.save_png(tmp_path / "no" / "p.png", SMOOTH)
-    assert [p.name for p in tmp_path.iterdir()] == ["folder.mp4"]
+    (tmp_path / "in.mp4").write_text("input")
+    good = tmp_path / "good.mp4"
+    for bad, message in ((tmp_path / "no" / "v.mp4", "v.mp4"), (tmp_path / "folder.mp4", "folder.mp4"),
+                         (tmp_path / "in.mp4", "overwrite"), (tmp_path / "x" / ".." / "good.mp4", "overwrite")):
+        with pytest.raises((ValueError, OSError), match=message):
+            publish({"good": good, "bad": bad}, inputs=[tmp_path / "in.mp4"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.mp4", "in.mp4"]
+    for name in ("v.avi", ".mp4", ""):
+        with pytest.raises(ValueError, match=".mp4"):
+            media.beside(tmp_path / name)
+
+
+def test_a_video_that_is_not_whole_is_an_error(tmp_path):
+    with pytest.raises(OSError, match="written whole"), media.VideoWriter(tmp_path / "v.mp4", 8, (32, 48)) as video:
+        video.write(SMOOTH)
+        video.count += 1  # as if the encoder had lost a frame
+    with pytest.raises(OSError, match="written whole"), media.VideoWriter(tmp_path / "w.mp4", 8, (20000, 64)) as video:
+        for _ in range(2):  # too large for H.264
+            video.write(np.zeros((20000, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match="expected uint8"), media.VideoWriter(tmp_path / "x.mp4", 8, (32, 50)) as video:
+        video.write(SMOOTH)
 
 
 def test_contact_sheet():

@@ -271,8 +271,8 @@ def test_moves_end_where_they_say():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("forward 1, fly 2", "unknown verb 'fly', expected forward, back"), ("forward", "one number after 'forward'"),
-    ("yaw left", "one number after 'yaw'"), ("", "unknown verb ''"), ("forward 1,", "unknown verb"),
+    ("forward 1, fly 2", "unknown verb 'fly', expected forward, back"), ("forward", "one number below 10000 after 'forward'"),
+    ("yaw left", "one number below 10000 after 'yaw'"), ("", "unknown verb ''"), ("forward 1,", "unknown verb"),
     ("forward 1 2", "one number"), ("yaw nan", "one number"), ("hold 3", "hold alone"),
 ])  # fmt: skip
 def test_bad_moves(text, message):
@@ -314,10 +314,11 @@ def broken(frame, change):
     ({"c2w": broken(4, lambda p: p + torch.eye(4) * 0.01)}, "frame 4: the last row"),
     ({"c2w": broken(5, lambda p: torch.diag(torch.tensor([1, 1.1, 1, 1])) @ p)}, "frame 5: .* orthonormal"),
     ({"c2w": broken(6, lambda p: torch.diag(torch.tensor([1, -1.0, 1, 1])) @ p)}, "frame 6: .* reflection"),
-    ({"c2w": move_path("hold")[:1].tolist()}, "1 pose"), ({"c2w": [[1, 2], [3]]}, "expected JSON"),
-    ({"c2w": [[1, 2], [3, 4]]}, "expected"), ({"poses": []}, "expected JSON"), ([], "expected JSON"),
+    ({"c2w": move_path("hold")[:1].tolist()}, "1 pose"), ({"c2w": [[1, 2], [3]]}, "expected a list"),
+    ({"c2w": [[1, 2], [3, 4]]}, "expected"), ({"poses": []}, "the key 'c2w'"), ([], "the key 'c2w'"), ({"c2w": [[["1"]]]}, "expected"),
+    ({"c2w": broken(2, lambda p: p + 1e7 * torch.eye(4).roll(-1, 1))}, "frame 2: .*1e6"), ({"c2w": [10**400]}, "expected"),
     ({"c2w": STILL, "fps": -1}, "fps"), ({"c2w": STILL, "fps": 0}, "fps"), ({"c2w": STILL, "fov_x": 180}, "fov_x"),
-    ({"c2w": STILL, "fps": "fast"}, "expected JSON"), ({"c2w": []}, "expected"),
+    ({"c2w": STILL, "fps": "fast"}, "fps is 'fast'"), ({"c2w": []}, "expected"),
 ])  # fmt: skip
 def test_bad_path_files(tmp_path, content, message):
     file = tmp_path / "poses.json"
@@ -331,7 +332,7 @@ def test_unreadable_path_files(tmp_path):
     (tmp_path / "p.npz").write_bytes(b"nothing")
     np.savez(tmp_path / "other.npz", c2w=np.eye(4))
     np.savez(tmp_path / "pickle.npz", camera_poses=np.array([{}], dtype=object))
-    for name, message in (("p.json", "expected JSON"), ("p.npz", "not a readable numpy file"),
+    for name, message in (("p.json", "not valid JSON"), ("p.npz", "not a readable numpy file"),
                           ("p.txt", "unknown camera"), ("other.npz", "no array 'camera_poses', found c2w"),
                           ("pickle.npz", "plain numbers")):
         with pytest.raises(ValueError, match=message):
@@ -454,11 +455,10 @@ def test_preview(tmp_path, capsys):
     arguments = ["--poses", str(tmp_path / "p.json"), "--depth", str(tmp_path / "d.npy"), "--frames", "12"]
     assert run(tmp_path, *arguments) == 0
     assert "field of view 70 degrees" in capsys.readouterr().out
-    video, mask = media.load_video(tmp_path / "w.mp4"), media.load_mask(tmp_path / "w_mask.mp4")
+    video, mask = media.load_video(tmp_path / "w.mp4"), np.stack(list(media.read_mask(tmp_path / "w_mask.mp4")))
     assert video.shape == (12, 64, 96, 3) and mask.shape == (12, 64, 96)
     assert mask[0].min() > 0.98 and 0.2 < mask[-1].mean() < 0.98
-    image = media.fit_image(media.load_image(tmp_path / "in.png"), (64, 96))
-    source = render.geometry_from_depth(image, media.load_depth(tmp_path / "d.npy"), render.pinhole(70, 64, 96))
+    _, source = render.place(media.load_image(tmp_path / "in.png"), media.load_depth(tmp_path / "d.npy"), 70, (64, 96))
     path = camera.scale_translation(load_path(tmp_path / "p.json").c2w, 0.1 * render.median_depth(source))
     warp = render.render(source, camera.normalize(path, 12), (64, 96))
     difference = torch.from_numpy(video[-1]).permute(2, 0, 1) / 127.5 - 1 - warp.frames[0, :, -1]
@@ -467,6 +467,41 @@ def test_preview(tmp_path, capsys):
     assert sheet.shape[1] > 8 * 200 and (view == [255, 0, 0]).all(-1).any() and (view == [0, 128, 0]).all(-1).any()
     names = {"d.npy", "in.png", "p.json", "w.mp4", "w_mask.mp4", "w_path.png", "w_sheet.png"}
     assert {p.name for p in tmp_path.iterdir()} == names
+
+
+def test_depth_and_field_of_view_are_cropped_with_the_picture():
+    """A wide picture loses its sides: a depth edge stays on its colour edge, at any size of the depth map, and the field
+    of view of the whole picture narrows."""
+    edge = np.zeros((100, 400, 3), np.uint8)
+    edge[:, 170:] = 255
+    for rows, columns in ((100, 400), (50, 200), (10, 400)):
+        depth = torch.ones(rows, columns)
+        depth[:, round(columns * 170 / 400):] = 3
+        _, geometry = render.place(Image.fromarray(edge), depth, 90, (64, 128))
+        color = geometry.rgb[200, :, 0] > 127
+        place = (geometry.depth[200] > 2).int().argmax() - color.int().argmax()
+        assert abs(place) <= 4, f"{rows}x{columns}: {place} pixels apart of {len(color)}"
+    width = geometry.depth.shape[1]
+    seen = 2 * math.degrees(math.atan(width / 2 / geometry.K[0, 0]))
+    assert abs(seen - 2 * math.degrees(math.atan(0.5))) < 0.1  # half the width of 90 degrees
+
+
+def test_the_flag_beats_the_file(tmp_path, capsys):
+    (tmp_path / "p.json").write_text(json.dumps({"c2w": move_path("hold", 3).tolist(), "fov_x": 70}))
+    for flag, expected in (([], 70), (["--fov", "40"], 40)):
+        assert run(tmp_path, "--poses", str(tmp_path / "p.json"), *flag) == 0
+        assert f"field of view {expected} degrees" in capsys.readouterr().out
+    assert run(tmp_path, "--move", "hold", "--frames", "2") == 0
+    assert "field of view 55 degrees" in capsys.readouterr().out
+
+
+def test_stopping_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(render, "to_video", stop)
+    assert run(tmp_path, "--move", "hold") == 130 and "stopped" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
 
 def test_a_missing_argument_is_one_line(capsys):
@@ -480,7 +515,8 @@ def test_a_missing_argument_is_one_line(capsys):
     (["--move", "hold", "--size", "65x96"], "even"), (["--poses", "nowhere.npz"], "nowhere.npz"),
     (["--move", "hold", "--depth", "nowhere.npy"], "nowhere.npy"), (["--move", "hold", "--fov", "180"], "fov"),
     (["--move", "hold", "--frames", "0"], "frame"), (["--move", "hold", "--out", "/no/such/folder/w.mp4"], "folder"),
-    (["--move", "hold", "--out", "w.avi"], "mp4"),
+    (["--move", "hold", "--out", "w.avi"], "mp4"), (["--move", ""], "unknown verb"), (["--poses", ""], "format"),
+    (["--move", "hold", "--size", "999999x999999"], "8192"),
 ])  # fmt: skip
 def test_preview_errors(tmp_path, capsys, arguments, message):
     assert run(tmp_path, *arguments) == 2

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import goldens
 from goldens import DISTILLED, HELIOS, check
 from sample import main
+from wah import Rollout
 
 SIZE = 64, 128
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
@@ -81,11 +82,63 @@ def test_lengths_and_files(place, words, length, led):
 
 
 def test_warp_goes_with_the_poses(place):
-    """The warp video starts with the picture, and moving forward enlarges what is in the middle."""
-    assert sample("--image", "image.png", "--poses", "poses.json", "--depth", "depth.npy") == 0
-    warp, picture = frames("out_warp.mp4").astype(float), np.asarray(Image.open("image.png")).astype(float)
-    assert abs(warp[0] - picture).mean() < 12  # mp4 and two resizings lie between
-    assert abs(warp[-1] - warp[0]).mean() > 3
+    """The warp video starts with the picture, and moving forward enlarges what is in the middle: a white square grows."""
+    picture = np.full((64, 128, 3), 60, np.uint8)
+    picture[24:40, 56:72] = 220
+    Image.fromarray(picture).save("square.png")
+    np.save("flat.npy", np.full((8, 16), 2.0))
+    assert sample("--image", "square.png", "--move", "forward 5", "--depth", "flat.npy") == 0
+    areas = (frames("out_warp.mp4")[..., 0] > 140).sum((1, 2))
+    assert abs(areas[0] - 256) < 40 and abs(areas[-1] - 4 * 256) < 160  # half the way to a plane doubles its size
+
+
+def test_contact_sheet_shows_the_frames(place):
+    assert sample("--image", "image.png", "--warp", "warp.npy", "--mask", "mask.npy", "--frames", "20") == 0
+    sheet, warp = np.asarray(Image.open("out_sheet.png")).astype(float), np.load("warp.npy")[:20]
+    tile = np.asarray(Image.fromarray(warp[-1]).resize((256, 128), Image.Resampling.LANCZOS))
+    assert abs(sheet[18:18 + 128, -260:-4] - tile).mean() < 1.5  # the last of the first row
+
+
+def test_lora_auto(place, capsys):
+    """The file in the weights' folder comes first, then the released one beside it; plain Helios takes none."""
+    weights = place / "weights" / "model"
+    shutil.copytree(DISTILLED, weights)
+    words = ["--image", "image.png", "--warp", "warp.npy", "--frames", "2"]
+
+    def chosen(*words) -> str:
+        assert sample(*words, weights=weights) == 0
+        return capsys.readouterr().out.split("LoRA ")[1].split(",")[0]
+
+    released = place / "weights" / "warp-as-history" / "visible_lora_state_step1000.safetensors"
+    assert chosen(*words) == "none"
+    released.parent.mkdir()
+    shutil.copy(HELIOS / "lora_prefix.safetensors", released)
+    assert chosen(*words) == str(released)
+    shutil.copy(HELIOS / "lora_noprefix.safetensors", weights / "lora.safetensors")
+    assert chosen(*words) == str(weights / "lora.safetensors")
+    assert chosen(*words, "--lora", "off") == "none" and chosen("--frames", "2") == "none"
+
+
+def test_stopping_keeps_what_is_done(place, capsys, monkeypatch):
+    """Ctrl-C in the third chunk leaves two whole ones; in the first, nothing."""
+    original, calls = Rollout.next, []
+
+    def stop_at(count):
+        def next_chunk(self, **control):
+            calls.append(control)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return original(self, **control)
+        return next_chunk
+
+    monkeypatch.setattr(Rollout, "next", stop_at(3))
+    assert sample("--image", "image.png", "--warp", "warp.npy") == 0
+    assert len(frames("out.mp4")) == 66 and len(frames("out_warp.mp4")) == 66 and "66 frames" in capsys.readouterr().out
+    calls.clear()
+    monkeypatch.setattr(Rollout, "next", stop_at(1))
+    before = sorted(path.name for path in place.iterdir())
+    assert sample("--image", "image.png", "--warp", "warp.npy", "--out", "other.mp4") == 130
+    assert sorted(path.name for path in place.iterdir()) == before
 
 
 def test_same_seed_same_video(place):
@@ -149,6 +202,15 @@ LED = ["--image", "image.png", "--move", "forward 1"]
     (["--image", "image.png", "--warp", "mask.npy"], ["mask.npy"]),
     (LED + ["--out", "no/such/folder/out.mp4"], ["no/such/folder"]),
     (LED + ["--out", "out.txt"], ["out.txt", ".mp4"]),
+    (LED + ["--save-latents", "no/folder/x.safetensors"], ["no/folder"]),
+    (LED + ["--save-latents", "out.mp4"], ["out.mp4", ".safetensors"]),
+    (["--image", "image.png", "--warp", "warp.npy", "--mask", "out.mp4", "--out", "out.mp4"], ["out.mp4"]),
+    (["--image", "image.png", "--move", ""], ["verb"]),
+    (LED + ["--fov", "0"], ["--fov", "0"]),
+    (["--image", "image.png", "--fov", "50"], ["--fov"]),
+    (LED + ["--seed", "-1"], ["--seed"]),
+    (LED + ["--device", "abacus"], ["abacus"]),
+    (LED + ["--device", "cuda:77"], ["cuda:77"]),
 ])
 def test_bad_words(capsys, place, words, parts):
     refused(capsys, place, words, *parts)
@@ -168,6 +230,8 @@ def test_bad_masks(capsys, place):
     np.save("short.npy", np.load("mask.npy")[:98])
     words = ["--image", "image.png", "--warp", "warp.npy", "--mask"]
     refused(capsys, place, words + ["short.npy"], "98", "99")
+    shutil.copy("warp.npy", "out_warp.mp4")
+    refused(capsys, place, ["--image", "image.png", "--warp", "out_warp.mp4"], "out_warp.mp4")
     refused(capsys, place, words + ["warp.npy"], "warp.npy")
 
 
@@ -190,7 +254,7 @@ def test_bad_checkpoints(capsys, place, part):
 
 
 def test_missing_checkpoint(capsys, place):
-    refused(capsys, place, LED, "nowhere", weights="nowhere")
+    refused(capsys, place, LED, "nowhere", "weights/README.md", weights="nowhere")
     weights = place / "weights"
     shutil.copytree(DISTILLED, weights)
     (weights / "tokenizer" / "spiece.model").unlink()

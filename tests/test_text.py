@@ -137,5 +137,5 @@ def test_full_size_names_and_shapes():
 
 
 def test_ungated_feed_forward_is_refused():
-    with pytest.raises(ValueError, match="feed_forward_proj is relu"):
+    with pytest.raises(ValueError, match="feed_forward_proj is 'relu'"):
         UMT5Config(feed_forward_proj="relu")
