@@ -1,0 +1,434 @@
+"""Pi3X: pictures -> metric points, rays, confidence and camera poses of every pixel and picture (`model.safetensors`).
+
+Pi3X (the metric successor of Pi3, arXiv 2507.13347) is how Warp-as-History sees geometry. A DINOv2 encoder runs on each
+picture, a decoder attends in turn inside each picture and over all of them, and four branches read its last two blocks:
+points and confidence per pixel (convolutional heads), a camera per picture, and one metric scale for all. No picture is
+the reference: reordering them reorders the outputs, and "world" is a frame of the network's own choice.
+Parameter names are the checkpoint's. In a bf16 model only the matrix products before the heads are bf16, close to the
+official autocast: norms, residual streams, heads and all after them stay fp32.
+Left out: the multimodal branch (depth, rays or poses as inputs; its tensors in a file are skipped), and intrinsics with
+a free principal point.
+"""
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from checkpoint import fill, open_safetensors
+
+HEAD_DIM = 64  # of every attention: the one size that no shape tells
+GROUP = 32  # channels that are normalised together inside the residual blocks of the convolutional heads
+norm = partial(nn.LayerNorm, eps=1e-6)
+conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, padding_mode="replicate")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Sizes of one of the four transformers that follow the decoder."""
+
+    dim: int
+    blocks: int
+    hidden: int  # width inside the MLP
+    out: int  # what its head receives
+
+
+@dataclass(frozen=True)
+class Pi3XConfig:
+    """All sizes of the network; the defaults are the released model, which comes without a config.json."""
+
+    dim: int = 1024
+    patch: int = 14
+    grid: int = 37  # the position embedding is that of grid * grid patches
+    registers: int = 4  # tokens that the encoder adds to a picture, and drops at its end
+    specials: int = 5  # tokens that the decoder adds to a picture
+    encoder_blocks: int = 24
+    encoder_hidden: int = 4096
+    decoder_blocks: int = 36
+    decoder_hidden: int = 4096
+    point: Branch = Branch(1024, 5, 4096, 1024)
+    conf: Branch = Branch(1024, 5, 4096, 1024)
+    camera: Branch = Branch(1024, 5, 4096, 512)
+    metric: Branch = Branch(512, 5, 2048, 512)
+    point_head: tuple[tuple[int, int], ...] = ((256, 2), (128, 2), (64, 2))  # per level: width and residual blocks
+    conf_head: tuple[tuple[int, int], ...] = ((256, 2), (128, 2), (64, 2))
+
+    @classmethod
+    def from_shapes(cls, shapes: dict[str, list[int]]) -> "Pi3XConfig":
+        """Sizes from the shapes of a file's tensors; ValueError naming the key of one that is missing or impossible.
+        Only what decides a size is looked at: `fill` compares all the rest."""
+
+        def size(key: str, axis: int, multiple: int = 1) -> int:
+            shape = shapes.get(key, [])
+            if len(shape) <= axis or shape[axis] < 1 or shape[axis] % multiple:
+                found = f"has shape {shape}" if key in shapes else "is missing"
+                raise ValueError(f"{key} {found}, expected a positive multiple of {multiple} as its size {axis}")
+            return shape[axis]
+
+        def count(prefix: str) -> int:  # modules in a list
+            return len({key[len(prefix) :].split(".")[1] for key in shapes if key.startswith(f"{prefix}.")})
+
+        def branch(name: str) -> Branch:
+            fc1, out = f"{name}.blocks.0.mlp.fc1.weight", f"{name}.linear_out.weight"
+            return Branch(size(fc1, 1, HEAD_DIM), count(f"{name}.blocks"), size(fc1, 0), size(out, 0))
+
+        def head(name: str) -> tuple[tuple[int, int], ...]:
+            levels = [f"{name}.upsample_blocks.{level}" for level in range(count(f"{name}.upsample_blocks"))]
+            return tuple((size(f"{level}.0.0.weight", 1, GROUP // 2), count(level) - 1) for level in levels)
+
+        return cls(
+            dim=size("encoder.norm.weight", 0, HEAD_DIM),
+            patch=size("encoder.patch_embed.proj.weight", 2),
+            grid=math.isqrt(size("encoder.pos_embed", 1) - 1),
+            registers=size("encoder.register_tokens", 1),
+            specials=size("register_token", 2),
+            encoder_blocks=count("encoder.blocks"),
+            encoder_hidden=size("encoder.blocks.0.mlp.fc1.weight", 0),
+            decoder_blocks=count("decoder"),
+            decoder_hidden=size("decoder.1.mlp.fc1.weight", 0),  # 1, as the branches need two blocks
+            **{name: branch(f"{name}_decoder") for name in ("point", "conf", "camera", "metric")},
+            **{name: head(name) for name in ("point_head", "conf_head")},
+        )
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Geometry of B sets of N pictures in fp32; lengths are metric, cameras OpenCV (x right, y down, z forward)."""
+
+    points: Tensor  # [B, N, H, W, 3] in the world
+    local_points: Tensor  # [B, N, H, W, 3] in each picture's camera
+    rays: Tensor  # [B, N, H, W, 3] directions of unit length in each picture's camera
+    confidence: Tensor  # [B, N, H, W] logits
+    c2w: Tensor  # [B, N, 4, 4] camera to world
+    metric: Tensor  # [B] what the network's own units were multiplied with
+
+
+class Linear(nn.Linear):
+    """Works in the dtype of its weights: fp32 norms come in, and what goes out joins an fp32 residual stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def mlp(dim: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(fc1=Linear(dim, hidden), gelu=nn.GELU(), fc2=Linear(hidden, dim)))
+
+
+def rope_table(positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """Integer (row, column) positions [..., S, 2] -> cosines and sines [2, ..., S, 2, 16] of 16 frequencies.
+
+    Kept for parity: in bf16 the angles themselves are rounded, which is coarse for far rows and columns.
+    """
+    pairs = HEAD_DIM // 4
+    frequency = 100 ** (-torch.arange(pairs, device=positions.device).float() / pairs)
+    angle = (positions[..., None] * frequency).to(dtype)
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate heads [..., S, 64]: their first half by the row, the second by the column, in pairs that lie 16 apart."""
+    cos, sin = rope
+    a, b = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # [..., S, 2, 16] each
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-2).flatten(-3)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, qk_norm: bool):
+        super().__init__()
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
+        # eps is 1e-5 here and 1e-6 everywhere else
+        self.q_norm, self.k_norm = (nn.LayerNorm(HEAD_DIM, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, d=HEAD_DIM)
+        q, k = self.q_norm(q.float()).type_as(v), self.k_norm(k.float()).type_as(v)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """One block of the encoder (`scale`), the decoder (`scale`, `qk_norm`) or a branch (neither)."""
+
+    def __init__(self, dim: int, hidden: int, scale: bool = False, qk_norm: bool = False):
+        super().__init__()
+        self.norm1, self.norm2 = norm(dim), norm(dim)
+        self.attn = Attention(dim, qk_norm)
+        self.mlp = mlp(dim, hidden)
+        self.ls1, self.ls2 = (LayerScale(dim) if scale else nn.Identity() for _ in range(2))
+
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:  # [B, S, D] fp32; every row sees all of its own
+        x = x + self.ls1(self.attn(self.norm1(x), rope))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+def resize_positions(table: Tensor, height: int, width: int) -> Tensor:
+    """Position embedding [1, 1 + M * M, D] of the cls token and M x M patches -> [1, 1 + height * width, D]."""
+    grid = rearrange(table[:, 1:], "1 (h w) d -> 1 d h w", h=math.isqrt(table.shape[1] - 1))
+    grid = F.interpolate(grid, (height, width), mode="bicubic", antialias=True)
+    return torch.cat([table[:, :1], rearrange(grid, "1 d h w -> 1 (h w) d")], dim=1)
+
+
+class Encoder(nn.Module):
+    """DINOv2 with registers. Pictures [F, 3, H, W] -> patch tokens [F, P, D], row-major."""
+
+    def __init__(self, config: Pi3XConfig):
+        super().__init__()
+        dim = config.dim
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, dim))
+        self.patch_embed = nn.Module()  # a mere name in the checkpoint's keys
+        self.patch_embed.proj = nn.Conv2d(3, dim, config.patch, stride=config.patch)
+        self.blocks = nn.ModuleList(Block(dim, config.encoder_hidden, scale=True) for _ in range(config.encoder_blocks))
+        self.norm = norm(dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embed.proj(images.to(self.patch_embed.proj.weight.dtype))
+        height, width = patches.shape[-2:]
+        positions = resize_positions(self.pos_embed, height, width)
+        first = torch.cat([self.cls_token + positions[:, :1], self.register_tokens], dim=1)  # these without position
+        patches = rearrange(patches, "f d h w -> f (h w) d") + positions[:, 1:]
+        x = torch.cat([first.expand(len(images), -1, -1), patches], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x[:, -height * width :])
+
+
+class BranchDecoder(nn.Module):
+    """Decoder tokens [F, S, 2D] -> [F, S, out], each picture on its own."""
+
+    def __init__(self, dim_in: int, sizes: Branch):
+        super().__init__()
+        self.projects = Linear(dim_in, sizes.dim)
+        self.blocks = nn.ModuleList(Block(sizes.dim, sizes.hidden) for _ in range(sizes.blocks))
+        self.linear_out = Linear(sizes.dim, sizes.out)
+
+    def forward(self, tokens: Tensor, rope: Tensor) -> Tensor:
+        x = self.projects(tokens).float()
+        for block in self.blocks:
+            x = block(x, rope)
+        return self.linear_out(x)
+
+
+class MetricDecoder(nn.Module):
+    """One query [B, 1, 2D] reads the tokens of all pictures [B, N * S, 2D] -> [B, 1, out]."""
+
+    def __init__(self, dim_in: int, sizes: Branch):
+        super().__init__()
+        dim = sizes.dim
+        self.projects_x, self.projects_y = Linear(dim_in, dim), Linear(dim_in, dim)
+        projections = ("q_proj", "k_proj", "v_proj", "proj")
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({
+                "norm2": norm(dim), "norm_y": norm(dim), "norm3": norm(dim), "mlp": mlp(dim, sizes.hidden),
+                "cross_attn": nn.ModuleDict({name: Linear(dim, dim) for name in projections}),
+            })
+            for _ in range(sizes.blocks)
+        )
+        self.linear_out = Linear(dim, sizes.out)
+
+    def forward(self, query: Tensor, tokens: Tensor, rope: Tensor) -> Tensor:
+        x, tokens = self.projects_x(query).float(), self.projects_y(tokens).float()
+        for block in self.blocks:
+            cross, context = block.cross_attn, block.norm_y(tokens)
+            projected = cross.q_proj(block.norm2(x)), cross.k_proj(context), cross.v_proj(context)
+            q, k, v = (rearrange(y, "b n (h d) -> b h n d", d=HEAD_DIM) for y in projected)
+            y = F.scaled_dot_product_attention(q, rotate(k, rope), v)  # the query is at (0, 0): no rotation
+            x = x + cross.proj(rearrange(y, "b h n d -> b n (h d)"))
+            x = x + block.mlp(block.norm3(x))
+        return self.linear_out(x)
+
+
+def append_view_plane(x: Tensor, aspect: float) -> Tensor:
+    """Maps [F, C, h, w] -> [F, C + 2, h, w]: each pixel's centre (u, v) on a plane of diagonal 2 and of the picture's
+    `aspect` = W / H comes last."""
+    height, width = x.shape[-2:]
+    end_u = aspect / math.hypot(aspect, 1) * (width - 1) / width
+    end_v = 1 / math.hypot(aspect, 1) * (height - 1) / height
+    u = torch.linspace(-end_u, end_u, width, device=x.device)
+    v = torch.linspace(-end_v, end_v, height, device=x.device)
+    return torch.cat([x, torch.stack(torch.meshgrid(u, v, indexing="xy")).expand(len(x), -1, -1, -1)], dim=1)
+
+
+def residual(dim: int) -> nn.ModuleDict:
+    first, second = nn.GroupNorm(1, dim), nn.GroupNorm(2 * dim // GROUP, 2 * dim)
+    layers = first, nn.ReLU(), conv3x3(dim, 2 * dim), second, nn.ReLU(), conv3x3(2 * dim, dim)
+    return nn.ModuleDict({"layers": nn.Sequential(*layers)})
+
+
+class ConvHead(nn.Module):
+    """Patch features [F, C, H/14, W/14] -> maps [F, H, W, channels], those of all `outputs` side by side."""
+
+    def __init__(self, dim: int, levels: tuple[tuple[int, int], ...], outputs: tuple[int, ...]):
+        super().__init__()
+        self.upsample_blocks = nn.ModuleList()
+        for width, blocks in levels:
+            upsample = nn.Sequential(nn.ConvTranspose2d(dim + 2, width, 2, stride=2), conv3x3(width, width))
+            self.upsample_blocks.append(nn.ModuleList([upsample, *(residual(width) for _ in range(blocks))]))
+            dim = width
+        self.output_block = nn.ModuleList(
+            nn.Sequential(conv3x3(dim + 2, 32), nn.ReLU(), nn.Conv2d(32, channels, 1)) for channels in outputs
+        )
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        for upsample, *blocks in self.upsample_blocks:
+            x = upsample(append_view_plane(x, width / height))
+            for block in blocks:
+                x = x + block.layers(x)
+        x = F.interpolate(x, (height, width), mode="bilinear")  # 8 times the patch grid -> 14 times
+        x = append_view_plane(x, width / height)
+        return rearrange(torch.cat([block(x) for block in self.output_block], dim=1), "f c h w -> f h w c")
+
+
+class CameraHead(nn.Module):
+    """Patch tokens [F, P, C] -> nine raw numbers of the rotation [F, 9] and the translation [F, 3]."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.res_conv = nn.ModuleList(
+            nn.ModuleDict({f"res_conv{index}": nn.Linear(dim, dim) for index in (1, 2, 3)}) for _ in range(2)
+        )
+        self.more_mlps = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
+        self.fc_rot, self.fc_t = nn.Linear(dim, 9), nn.Linear(dim, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for block in self.res_conv:
+            h = x
+            for layer in block.values():
+                h = F.relu(layer(h))
+            x = x + h
+        x = self.more_mlps(x.mean(dim=1))
+        return self.fc_rot(x), self.fc_t(x)
+
+
+def nearest_rotation(nine: Tensor) -> Tensor:
+    """[..., 9], three rows -> the rotation [..., 3, 3] nearest to the matrix of the rows at unit length."""
+    rows = F.normalize(nine.unflatten(-1, (3, 3)), dim=-1)
+    u, _, vt = torch.linalg.svd(rows.mT)
+    v, ut = vt.mT, u.mT
+    handedness = torch.linalg.det(v @ ut)[..., None, None]  # -1 for a reflection
+    return torch.cat([v[..., :2], v[..., 2:] * handedness], dim=-1) @ ut
+
+
+def focal_from_rays(local_points: Tensor) -> Tensor:
+    """Points or rays per pixel in the camera [..., H, W, 3] -> pinhole intrinsics [..., 3, 3] in pixels.
+
+    The principal point is the picture's centre; the two focal lengths are those of least squares over all pixels.
+    """
+    height, width = local_points.shape[-3:-1]
+    cx, cy = (width - 1) / 2, (height - 1) / 2
+    rays = F.normalize(local_points, dim=-1)
+    slopes = rays[..., :2] / (rays[..., 2:].abs() + 1e-10)  # kept for parity: what is behind counts as in front
+    u, v = torch.arange(width, device=rays.device) - cx, torch.arange(height, device=rays.device) - cy
+    offsets = torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)  # [H, W, 2]
+    focal = (slopes * offsets).sum(dim=(-3, -2)) / slopes.square().sum(dim=(-3, -2))
+    intrinsics = torch.diag_embed(F.pad(focal, (0, 1), value=1.0))
+    intrinsics[..., 0, 2], intrinsics[..., 1, 2] = cx, cy
+    return intrinsics
+
+
+class Pi3X(nn.Module):
+    """The whole network. Gradients are recorded as usual: call it under `torch.inference_mode()` to only run it."""
+
+    Config = Pi3XConfig
+    fp32 = ("norm", "gamma", "token", "pos_embed", "image_", "_head.")  # stay fp32 in a bf16 model
+    aliases: dict[str, str] = {}
+    ignored = ("depth_encoder.", "depth_emb", "ray_embed.", "pose_inject_blk.")  # the multimodal branch
+
+    def __init__(self, config: Pi3XConfig):
+        super().__init__()
+        dim = config.dim
+        self.config = config
+        self.register_buffer("image_mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
+        self.register_buffer("image_std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
+        self.encoder = Encoder(config)
+        self.register_token = nn.Parameter(torch.zeros(1, 1, config.specials, dim))
+        self.decoder = nn.ModuleList(
+            Block(dim, config.decoder_hidden, scale=True, qk_norm=True) for _ in range(config.decoder_blocks)
+        )
+        self.point_decoder = BranchDecoder(2 * dim, config.point)
+        self.conf_decoder = BranchDecoder(2 * dim, config.conf)
+        self.camera_decoder = BranchDecoder(2 * dim, config.camera)
+        self.metric_token = nn.Parameter(torch.zeros(1, 1, 2 * dim))
+        self.metric_decoder = MetricDecoder(2 * dim, config.metric)
+        self.point_head = ConvHead(config.point.out, config.point_head, outputs=(2, 1))  # (x, y) / z and log z
+        self.conf_head = ConvHead(config.conf.out, config.conf_head, outputs=(1,))
+        self.camera_head = CameraHead(config.camera.out)
+        self.metric_head = nn.Linear(config.metric.out, 1)
+
+    def decode(self, patches: Tensor, count: int, rope: Tensor, rope_all: Tensor) -> Tensor:
+        """Patch tokens [B * N, P, D], N = `count` -> outputs of the last two blocks [B * N, specials + P, 2D]."""
+        x = torch.cat([self.register_token[0].expand(len(patches), -1, -1), patches], dim=1)
+        for index, block in enumerate(self.decoder):
+            before = x
+            if index % 2 == 0:  # inside each picture
+                x = block(x, rope)
+            else:  # over all pictures
+                x = block(rearrange(x, "(b n) s d -> b (n s) d", n=count), rope_all).reshape(x.shape)
+        return torch.cat([before, x], dim=-1)
+
+    def forward(self, images: Tensor) -> Prediction:
+        """Pictures [B, N, 3, H, W] in [0, 1]; ValueError unless H and W are multiples of the patch size (14)."""
+        shape, patch = list(images.shape), self.config.patch
+        if len(shape) != 5 or shape[2] != 3 or 0 in shape or shape[3] % patch or shape[4] % patch:
+            raise ValueError(f"Pi3X: images are {shape}, expected [B, N, 3, H, W], H and W multiples of {patch}")
+        count, _, height, width = shape[1:]
+        rows, columns = (torch.arange(1, size // patch + 1, device=images.device) for size in (height, width))
+        positions = F.pad(torch.cartesian_prod(rows, columns), (0, 0, self.config.specials, 0))  # specials at (0, 0)
+        rope = rope_table(positions, self.decoder[0].attn.qkv.weight.dtype)
+        rope_all = rope.repeat(1, count, 1, 1)
+
+        frames = rearrange(images, "b n c h w -> (b n) c h w")
+        tokens = self.decode(self.encoder((frames - self.image_mean) / self.image_std), count, rope, rope_all)
+        decoders = self.point_decoder, self.conf_decoder, self.camera_decoder
+        point, conf, camera = (decoder(tokens, rope)[:, self.config.specials :].float() for decoder in decoders)
+        point, conf = (rearrange(x, "f (h w) c -> f 1 c h w", h=height // patch) for x in (point, conf))
+        xy, log_z = torch.cat([self.point_head(x, height, width) for x in point]).split([2, 1], dim=-1)
+        confidence = torch.cat([self.conf_head(x, height, width) for x in conf])  # one by one: bounded memory
+        nine, translation = self.camera_head(camera)
+        query = self.metric_token.expand(len(images), -1, -1)
+        metric = self.metric_decoder(query, rearrange(tokens, "(b n) s d -> b (n s) d", n=count), rope_all)
+        metric = self.metric_head(metric.float()).exp()[..., None]  # [B, 1, 1, 1]
+
+        z = log_z.clamp_max(15).exp()
+        local, rays = torch.cat([xy * z, z], dim=-1), F.normalize(F.pad(xy, (0, 1), value=1.0), dim=-1)
+        c2w = torch.cat([nearest_rotation(nine), translation[..., None]], dim=-1)
+        local, rays, confidence, c2w = (
+            rearrange(x, "(b n) ... -> b n ...", n=count) for x in (local, rays, confidence[..., 0], c2w)
+        )
+        points = torch.einsum("bnij,bnhwj->bnhwi", c2w[..., :3], local) + c2w[:, :, None, None, :, 3]
+        c2w = F.pad(torch.cat([c2w[..., :3], metric * c2w[..., 3:]], dim=-1), (0, 0, 0, 1))
+        c2w[..., 3, 3] = 1
+        points, local = metric[..., None] * points, metric[..., None] * local
+        return Prediction(points, local, rays, confidence, c2w, metric.flatten())
+
+
+def load_pi3x(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pi3X:
+    """The network from its one file. OSError if there is none, ValueError naming each tensor that does not fit."""
+    path = Path(path)
+    with open_safetensors(path) as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+    try:
+        config = Pi3XConfig.from_shapes(shapes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    with torch.device("meta"):
+        network = Pi3X(config)
+    return fill(network, [path], device, dtype)
