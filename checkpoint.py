@@ -96,7 +96,8 @@ def fill(module: nn.Module, files: list[Path], device: torch.device | str, dtype
     for path, names in plan.items():
         with open_safetensors(path, device) as file:
             for name, key in names.items():
-                state[name] = file.get_tensor(key).to(torch.float32 if any(part in name for part in module.fp32) else dtype)
+                island = any(part in name for part in module.fp32)
+                state[name] = file.get_tensor(key).to(torch.float32 if island else dtype)
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False).eval()
 
@@ -110,7 +111,8 @@ def load(network: type[nn.Module], folder: str | Path, device: torch.device | st
         with torch.device("meta"):
             module = network(config)
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # negative sizes and the like
-        raise ValueError(f"{folder / 'config.json'}: no network can be built from it ({str(error).splitlines()[0]})") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{folder / 'config.json'}: no network can be built from it ({reason})") from None
     return fill(module, weight_files(folder), device, dtype)
 
 
@@ -141,11 +143,13 @@ def load_lora(path: str | Path, device: torch.device | str = "cpu", dtype: torch
     for key, tensor in tensors.items():
         match = re.fullmatch(r"(?:transformer\.)?(.+)\.lora_([AB])\.weight", key)
         if match is None or tensor.ndim != 2 or not tensor.numel() or not tensor.isfinite().all():
-            raise ValueError(f"{path}: {key} {list(tensor.shape)}, expected LAYER.lora_A.weight or .lora_B.weight, finite and of rank 1 up")
+            raise ValueError(f"{path}: {key} {list(tensor.shape)}, expected LAYER.lora_A.weight or LAYER.lora_B.weight,"
+                             " two dimensions, a rank of at least 1, finite numbers")
         halves[match[2]][match[1]] = tensor.to(device, dtype)
     downs, ups = halves["A"], halves["B"]
     if not downs or downs.keys() != ups.keys():
-        raise ValueError(f"{path}: no pair of lora_A and lora_B for: {', '.join(sorted(downs.keys() ^ ups.keys())) or 'any layer'}")
+        single = ", ".join(sorted(downs.keys() ^ ups.keys())) or "any layer"
+        raise ValueError(f"{path}: no pair of lora_A and lora_B for: {single}")
     adapters, pattern = {}, settings.get("alpha_pattern") or {}
     if not isinstance(pattern, dict):
         raise ValueError(f"{path}: alpha_pattern is {pattern!r}, expected layers and numbers")
@@ -179,6 +183,7 @@ def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict]:
     except Exception:  # torch.load has no error class of its own for a broken or unsafe file
         raise ValueError(f"{path}: not a readable .pt that holds nothing but tensors") from None
     state = state.get("peft", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()):
+    pairs = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
         raise ValueError(f"{path}: expected a dictionary of tensors, or one under the key 'peft'")
     return state, {}

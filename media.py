@@ -2,7 +2,8 @@
 
 Pictures are fitted to the video size as the official code does it (Pillow, Lanczos, centre crop or stretch), which is
 why that is not done in torch. Videos are read frame by frame, so that a long one never has to fit in memory, and are
-written under temporary names that become the real ones when all of a program's files are complete. Arrays are never unpickled.
+written under temporary names that become the real ones when all of a program's files are complete. Arrays are never
+unpickled.
 What can't be read is a ValueError of one line naming the file. Left out: sound, 10-bit video, and EXIF rotation, which
 the official code ignores too.
 """
@@ -260,19 +261,20 @@ def contact_sheet(rows: dict[str, np.ndarray], columns: int = 8, tile_width: int
     return np.array(sheet)
 
 
-def top_view(points: np.ndarray, colors: np.ndarray, track: np.ndarray, heading: np.ndarray) -> np.ndarray:
-    """A picture [640,640,3] uint8 of a scene from above, x to the right and z up.
+def plan(points: np.ndarray, colors: np.ndarray, track: np.ndarray, heading: np.ndarray,
+         axes: tuple[str, str]) -> np.ndarray:
+    """A picture [640,640,3] uint8 of a scene and a camera path along two axes, named in `axes`: to the right and up.
 
     `points` [N,2] and their `colors` [N,3] uint8; camera places `track` [T,2] and viewing directions `heading` [T,2].
     """
-    near = points[points[:, 1] <= np.quantile(points[:, 1], 0.9)]  # the sky would shrink everything
-    low, high = np.minimum(near.min(0), track.min(0)), np.maximum(near.max(0), track.max(0))
+    low, high = np.quantile(points, 0.02, axis=0), np.quantile(points, 0.9, axis=0)  # the sky would shrink everything
+    low, high = np.minimum(low, track.min(0)), np.maximum(high, track.max(0))
     side, margin = 640, 40
     scale = (side - 2 * margin) / max((high - low).max(), 1e-9)
     flip = np.array([1, -1]) * scale
     origin = np.array([margin, side - margin]) - low * flip
     canvas = np.full((side, side, 3), 255, np.uint8)
-    x, y = (points * flip + origin).round().astype(int).T
+    x, y = (points * flip + origin).clip(-1, side).round().astype(int).T
     shown = (x > margin) & (x < side - margin) & (y > margin) & (y < side - margin)
     canvas[y[shown], x[shown]] = colors[shown] // 2 + 128  # pale, so that the path stands out
     image = Image.fromarray(canvas)
@@ -281,12 +283,24 @@ def top_view(points: np.ndarray, colors: np.ndarray, track: np.ndarray, heading:
     for index in evenly_spaced(len(track), 13):
         draw.line([*places[index], *ahead[index]], fill="blue")
     draw.line(places.flatten().tolist(), fill="black", width=2)
-    for name, (x, y), color in (("start", places[0], "green"), ("end", places[-1], "red")):
+    marks = ("start", places[0], "green", -8, "ra"), ("end", places[-1], "red", 8, "la")
+    for name, (x, y), color, shift, anchor in marks:
         draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=color)
-        draw.text((x + 8, y - 6) if name == "end" else (x - 8, y + 4), name, fill=color, anchor="la" if name == "end" else "ra")
+        draw.text((x + shift, y + 4), name, fill=color, anchor=anchor)
     draw.line([(margin, margin), (margin, side - margin), (side - margin, side - margin)], fill="gray")
-    span = (side - 2 * margin) / scale
-    draw.text((margin, side - margin + 6), f"x {low[0]:.4g}, z {low[1]:.4g}", fill="black")
-    draw.text((side - margin, side - margin + 6), f"x {low[0] + span:.4g}", fill="black", anchor="rt")
-    draw.text((margin, margin - 14), f"z {low[1] + span:.4g}", fill="black")
+    right, up = axes
+    ends = low + (side - 2 * margin) / scale
+    draw.text((margin, side - margin + 6), f"{right} {low[0]:.4g}, {up} {low[1]:.4g}", fill="black")
+    draw.text((side - margin, side - margin + 6), f"{right} {ends[0]:.4g}", fill="black", anchor="rt")
+    draw.text((margin, margin - 14), f"{up} {ends[1]:.4g}", fill="black")
     return np.array(image)
+
+
+def save_ply(path: Path, points: np.ndarray, colors: np.ndarray) -> None:
+    """A point cloud [N,3] with colours [N,3] uint8, as a binary .ply that MeshLab and Blender open."""
+    vertices = np.empty(len(points), [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    vertices["xyz"], vertices["rgb"] = points, colors
+    properties = [f"property float {axis}" for axis in "xyz"]
+    properties += [f"property uchar {color}" for color in ("red", "green", "blue")]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}", *properties, "end_header", ""]
+    path.write_bytes("\n".join(header).encode() + vertices.tobytes())

@@ -55,8 +55,9 @@ class HeliosConfig:
                 raise ValueError(f"{key} is {getattr(self, key)!r}, supported is only {value!r}")
         if self.history_scale_mode not in ("per_head", "scalar"):
             raise ValueError(f"history_scale_mode is {self.history_scale_mode!r}, expected per_head or scalar")
-        if len(self.rope_dim) != 3 or sum(self.rope_dim) != self.attention_head_dim or any(width % 2 for width in self.rope_dim):
-            raise ValueError(f"rope_dim is {self.rope_dim}, expected three even numbers that sum to {self.attention_head_dim}")
+        head, rope = self.attention_head_dim, self.rope_dim
+        if len(rope) != 3 or sum(rope) != head or any(width % 2 for width in rope):
+            raise ValueError(f"rope_dim is {rope}, expected three even numbers that sum to {head}")
 
     @property
     def dim(self) -> int:
@@ -378,9 +379,9 @@ class Helios(nn.Module):
                                     targets_only=block is self.blocks[-1])
         shift, scale = (self.norm_out.scale_shift_table + embedding).split(1, dim=1)
         out = self.proj_out(modulate(target, shift, scale, config.eps))
-        (frames, height, width), (pt, ph, pw) = (size // k for size, k in zip(latents.shape[2:], config.patch_size)), config.patch_size
-        return rearrange(out.float(), "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)",
-                         t=frames, h=height, w=width, pt=pt, ph=ph, pw=pw)
+        pt, ph, pw = config.patch_size
+        return rearrange(out.float(), "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=latents.shape[2] // pt,
+                         h=latents.shape[3] // ph, w=latents.shape[4] // pw, pt=pt, ph=ph, pw=pw)
 
     def flops(self, context: Context, text_rows: int = 512) -> int:
         """Floating-point operations of the blocks' matrix products in one `forward` with a batch of 1."""

@@ -1,10 +1,10 @@
 """The splat renderer: first-frame geometry + camera poses -> warped frames + visibility.
 
-The video model is conditioned on how the first frame would look from the new cameras (pseudo-history). Here are geometry
-from a depth map, dense samples of its surface, the z-buffer splat and the filling of pinholes: the same 8-bit frames as the
-official CPU renderer, on CPU and CUDA, deterministic. As a program it previews a camera path without any network.
-Left out: several keyframes and their background atlas. Conventions: camera-to-world, OpenCV axes (x right, y down,
-z forward), pixel centres at integers, K in pixels.
+The video model is conditioned on how the first frame would look from the new cameras (pseudo-history). Here are
+geometry from Pi3X or a depth map, dense samples of its surface, the z-buffer splat and the filling of pinholes: the same
+8-bit frames as the official CPU renderer, on CPU and CUDA, deterministic. As a program it previews a camera path.
+Left out: several keyframes and their background, which are in memory.py. Conventions: camera-to-world, OpenCV axes (x
+right, y down, z forward), pixel centres at integers, K in pixels.
 """
 
 import argparse
@@ -23,12 +23,19 @@ from PIL.Image import Image
 from torch import Tensor
 
 import media
-from camera import VERBS, CameraPath, inverse, load_path, move_path, normalize, scale_translation
+from camera import VERBS, CameraPath, describe, inverse, load_path, move_path, normalize, resample, scale_translation
+from pi3x import Pi3X, focal_from_rays, load_pi3x
 
 PATCH, PIXEL_LIMIT = 14, 255_000  # geometry maps have the input size of Pi3X
 MIN_CONFIDENCE = 0.1
 NEAR = 1e-4
 NOTHING, LOW_32 = 2**63 - 1, 2**32 - 1  # z-buffer entry of a pixel without a sample; the bits of the index
+
+Backdrop = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # c2w, K -> rgb [H,W,3] uint8, where it is known [H,W]
+
+
+class NoSurface(ValueError):
+    """A geometry from which nothing can be rendered."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +157,28 @@ def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, i
     depth = depth[top : len(depth) - top, left : depth.shape[1] - left].to(device)
     fov_x = 2 * math.degrees(math.atan(math.tan(math.radians(fov_x) / 2) * columns))
     return image, geometry_from_depth(image, depth, pinhole(fov_x, *size))
+
+
+@torch.no_grad()
+def estimate(network: Pi3X, images: list[Tensor], limit: int = PIXEL_LIMIT) -> list[Geometry]:
+    """One joint run over `images`, each [1,3,H,W] in [-1,1] on the network's device -> a geometry each, in one world.
+
+    The maps have at most `limit` pixels and the aspect of the latest image. `valid` may come out empty: `ensure_valid`
+    is left to the caller, because the scale is aligned before it.
+    """
+    size = geometry_size(*images[-1].shape[-2:], limit)
+    pictures = torch.cat([resize((image / 2 + 0.5).clamp(0, 1), size) for image in images])
+    prediction = network(pictures[None])
+    colors = rearrange(to_u8(pictures), "n c h w -> n h w c")
+    intrinsics = focal_from_rays(prediction.local_points[0]).cpu()
+    maps = prediction.points[0], prediction.local_points[0], prediction.confidence[0].sigmoid()
+    geometries = []
+    for points, local, confidence, K, c2w, rgb in zip(*maps, intrinsics, prediction.c2w[0].cpu(), colors):
+        depth = local[..., 2]
+        valid = (confidence > MIN_CONFIDENCE) & local.isfinite().all(-1) & (depth > 0)
+        valid = valid & ~mesh_break(points, depth, valid)
+        geometries.append(Geometry(points, depth, confidence, valid, K, c2w, rgb))
+    return geometries
 
 
 def keep_confident(geometry: Geometry, percent: float) -> Geometry:
@@ -308,17 +337,23 @@ def sample_quads(points: Tensor, rgb: Tensor, quads: Tensor, samples: int) -> Sa
     return Samples(xyz.flatten(1), rearrange(color, "c s q -> (s q) c").contiguous(), xy.flatten(0, 1))
 
 
-def surface_samples(geometry: Geometry, settings: RenderSettings) -> Samples:
+def own_surface(geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
+    """What `fill_top` returns, of the valid pixels alone: nothing is filled."""
+    valid = geometry.valid & geometry.points.isfinite().all(-1)
+    return geometry.points, valid, torch.zeros_like(valid)
+
+
+def surface_samples(geometry: Geometry, settings: RenderSettings, top_fill: bool = True) -> Samples:
     """Samples of the surface. If it has no quad, tries again with the most confident 20, 50, 100 % of the pixels, each
-    as the settings say and then untorn, as the official renderer does. Raises ValueError if nothing can be rendered."""
+    as the settings say and then untorn, as the official renderer does. Raises NoSurface if nothing can be rendered."""
     for percent in (None, 20, 50, 100):
         candidate = geometry if percent is None else keep_confident(geometry, percent)
-        points, valid, filled = fill_top(candidate)
+        points, valid, filled = fill_top(candidate) if top_fill else own_surface(candidate)
         for tear in (settings.mesh_break,) if percent is None else (settings.mesh_break, False):
             quads = find_quads(points, candidate.depth, valid, filled, tear)
             if len(quads):
                 return sample_quads(points, geometry.rgb, quads, settings.samples)
-    raise ValueError("no surface to render: no 2x2 pixels of the first frame have positive finite depths")
+    raise NoSurface("no surface to render: no 2x2 pixels of the source frame have positive finite depths")
 
 
 def splat(samples: Samples, c2w: Tensor, K: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -371,6 +406,26 @@ def compose(rgb: Tensor, visible: Tensor, background: Tensor) -> Tensor:
     return torch.where(visible[..., None], rgb, background)
 
 
+def render_samples(samples: Samples, source: Geometry, poses: Tensor, settings: RenderSettings, intrinsics: Tensor,
+                   backdrop: Backdrop | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The frames of `render_frames`, from samples that need not all be of `source`, whose camera and picture lead. Pixels
+    that no sample reaches show the `backdrop` and count as visible, where it is known."""
+    poses, intrinsics, source_pose = poses.cpu(), intrinsics.cpu(), source.c2w.cpu()  # a device would stall every frame
+    mean = source.rgb.double().mean((0, 1)).round().to(torch.uint8)
+    fill = mean if settings.mean_fill else torch.zeros_like(mean)
+    picture = rearrange(source.rgb, "h w c -> 1 c h w") / 255
+    yield source.rgb, torch.ones_like(source.valid)
+    for pose, K in zip(poses[1:], intrinsics[1:]):
+        c2w = source_pose @ pose
+        rgb, xy, visible = splat(samples, c2w, K, tuple(source.depth.shape))
+        if settings.hole_radius:
+            rgb, visible = fill_holes(rgb, xy, visible, picture, settings.hole_radius, settings.min_neighbors)
+        if backdrop is not None:
+            behind, known = backdrop(c2w, K)
+            rgb, visible = compose(rgb, visible, behind), visible | known
+        yield compose(rgb, visible, fill), visible
+
+
 def render_frames(
     geometry: Geometry, poses: Tensor, settings: RenderSettings = RenderSettings(), intrinsics: Tensor | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -380,21 +435,12 @@ def render_frames(
     whatever its pose. `intrinsics` [T,3,3] are target cameras; if the first is not the geometry's, the points are
     rebuilt from the depth with it.
     """
-    poses, source_pose = poses.cpu(), geometry.c2w.cpu()  # small: reading them from the device would stall every frame
-    intrinsics = (geometry.K.expand(len(poses), 3, 3) if intrinsics is None else intrinsics).cpu()
-    if not torch.allclose(intrinsics[0], geometry.K.cpu(), rtol=1e-5, atol=1e-4):
+    if intrinsics is None:
+        intrinsics = geometry.K.expand(len(poses), 3, 3)
+    elif not torch.allclose(intrinsics[0].cpu(), geometry.K.cpu(), rtol=1e-5, atol=1e-4):
         points = unproject(geometry.depth, intrinsics[0], geometry.c2w)
         geometry = replace(geometry, points=points, K=intrinsics[0])
-    mean = geometry.rgb.double().mean((0, 1)).round().to(torch.uint8)
-    background = mean if settings.mean_fill else torch.zeros_like(mean)
-    samples = surface_samples(geometry, settings)
-    source = rearrange(geometry.rgb, "h w c -> 1 c h w") / 255
-    yield geometry.rgb, torch.ones_like(geometry.valid)
-    for pose, K in zip(poses[1:], intrinsics[1:]):
-        rgb, xy, visible = splat(samples, source_pose @ pose, K, tuple(geometry.depth.shape))
-        if settings.hole_radius:
-            rgb, visible = fill_holes(rgb, xy, visible, source, settings.hole_radius, settings.min_neighbors)
-        yield compose(rgb, visible, background), visible
+    return render_samples(surface_samples(geometry, settings), geometry, poses, settings, intrinsics)
 
 
 def to_video(frames: Tensor, visible: Tensor, size: tuple[int, int]) -> Warp:
@@ -404,18 +450,24 @@ def to_video(frames: Tensor, visible: Tensor, size: tuple[int, int]) -> Warp:
     return Warp(rearrange(video, "t c h w -> 1 c t h w"), rearrange(mask, "t 1 h w -> 1 1 t h w"))
 
 
+def collect(frames: Iterator[tuple[Tensor, Tensor]], size: tuple[int, int]) -> Warp:
+    """Rendered (rgb, visible) one after the other -> `Warp` at the video size (H, W)."""
+    rgb, visible = map(torch.stack, zip(*frames))
+    return to_video(rgb, visible, size)
+
+
 def render(geometry: Geometry, poses: Tensor, size: tuple[int, int], settings: RenderSettings = RenderSettings(),
            intrinsics: Tensor | None = None) -> Warp:
     """All frames of `render_frames` at the video size (H, W)."""
-    frames, visible = zip(*render_frames(geometry, poses, settings, intrinsics))
-    return to_video(torch.stack(frames), torch.stack(visible), size)
+    return collect(render_frames(geometry, poses, settings, intrinsics), size)
 
 
 def parse_size(text: str) -> tuple[int, int]:
     height, _, width = text.partition("x")
-    if not all(part.isdecimal() and len(part) < 5 and 16 <= int(part) <= 8192 and int(part) % 2 == 0 for part in (height, width)):
+    sides = [int(part) if part.isdecimal() and len(part) < 5 else 0 for part in (height, width)]
+    if not all(16 <= side <= 8192 and side % 2 == 0 for side in sides):
         raise ValueError(f"--size {text!r}: expected HEIGHTxWIDTH, even numbers from 16 to 8192, as in 384x640")
-    return int(height), int(width)
+    return sides[0], sides[1]
 
 
 def choose_fov(given: float | None, path: CameraPath) -> float:
@@ -426,6 +478,17 @@ def choose_fov(given: float | None, path: CameraPath) -> float:
     return fov_x
 
 
+def draw_path(geometry: Geometry, poses: Tensor) -> np.ndarray:
+    """The scene and a path [T,4,4] in it, both in the picture's camera, from above and from the side: [640,1280,3] uint8."""
+    w2c = inverse(geometry.c2w)
+    points = torch.stack(transform(w2c, *geometry.points[geometry.valid].unbind(-1)), dim=-1).numpy()
+    colors, places, headings = geometry.rgb[geometry.valid].numpy(), poses[:, :3, 3].numpy(), poses[:, :3, 2].numpy()
+    views = []
+    for names, axes, sign in ((("x", "z"), [0, 2], 1), (("z", "-y"), [2, 1], np.array([1, -1]))):
+        views.append(media.plan(points[:, axes] * sign, colors, places[:, axes] * sign, headings[:, axes] * sign, names))
+    return np.concatenate(views, axis=1)
+
+
 def preview(args: argparse.Namespace) -> None:
     """Render the path that the arguments describe; write the warp, its mask, a contact sheet and a top view."""
     size, path = parse_size(args.size), load_path(args.poses) if args.move is None else CameraPath(move_path(args.move))
@@ -433,11 +496,18 @@ def preview(args: argparse.Namespace) -> None:
     count = len(path.c2w) if args.frames is None else args.frames
     if count < 1:
         raise ValueError(f"--frames {count}: expected at least 1")
-    outputs = media.beside(args.out, mask="_mask.mp4", sheet="_sheet.png", path="_path.png")
-    inputs = [file for file in (args.image, args.poses, args.depth) if file is not None]
+    path = resample(path, count) if args.resample else path
+    outputs = media.beside(args.out, mask="_mask.mp4", sheet="_sheet.png", path="_path.png", cloud="_cloud.ply")
+    inputs = [file for file in (args.image, args.poses, args.depth, args.geometry) if file is not None]
     picture = media.load_image(args.image)
-    _, geometry = place(picture, None if args.depth is None else media.load_depth(args.depth), fov_x, size)
-    unit = 0.1 * median_depth(geometry)
+    if args.geometry is not None:
+        geometry = ensure_valid(estimate(load_pi3x(args.geometry), [media.fit_image(picture, size)])[0])
+        source = f"Pi3X of {args.geometry}"
+    else:
+        _, geometry = place(picture, None if args.depth is None else media.load_depth(args.depth), fov_x, size)
+        source = args.depth or "no --depth, so the picture stands on a plane at depth 1"
+        source = f"{source}, field of view {fov_x:g} degrees"
+    unit = 1.0 if path.unit == "meter" else 0.1 * median_depth(geometry)
     poses = normalize(scale_translation(path.c2w, unit), count)
     picks, tiles = set(media.evenly_spaced(count, 8)), []
     with media.replacing(outputs, inputs) as partial:
@@ -451,11 +521,9 @@ def preview(args: argparse.Namespace) -> None:
                 if index in picks:
                     tiles.append(pair)
         media.save_png(partial["sheet"], media.contact_sheet(dict(zip(("warp", "mask"), map(np.stack, zip(*tiles))))))
-        ground = [0, 2]  # x and z
-        points = geometry.points[geometry.valid][:, ground].numpy(), geometry.rgb[geometry.valid].numpy()
-        media.save_png(partial["path"], media.top_view(*points, poses[:, ground, 3].numpy(), poses[:, ground, 2].numpy()))
-    print(f"{count} frames, horizontal field of view {fov_x:g} degrees, one unit of the path is {unit:.4g} of depth")
-    print("geometry:", args.depth or "no --depth, so the picture stands on a plane at depth 1")
+        media.save_png(partial["path"], draw_path(geometry, poses))
+        media.save_ply(partial["cloud"], geometry.points[geometry.valid].numpy(), geometry.rgb[geometry.valid].numpy())
+    print(f"geometry: {source}\ncamera: {describe(path)}; one unit of it is {unit:.4g} of the geometry's; {count} frames")
     print("wrote", *outputs.values())
 
 
@@ -464,13 +532,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("render.py", usage=argparse.SUPPRESS, description=about)  # one line an error
     parser.add_argument("--image", type=Path, required=True, help="first frame")
     camera = parser.add_mutually_exclusive_group(required=True)
-    camera.add_argument("--poses", type=Path, help='camera-to-world poses: {"c2w": ...} .json or camera_poses .npz')
+    camera.add_argument("--poses", type=Path, help="a file of poses or a COLMAP folder; README.md lists the formats")
     camera.add_argument("--move", help=f'such as "forward 1, yaw -20 + up 1, hold"; verbs: {", ".join(VERBS)}, hold')
-    parser.add_argument("--depth", type=Path, help="depth map of the image: .npy, .npz or 16-bit picture; without it a plane")
+    geometry = parser.add_mutually_exclusive_group()
+    geometry.add_argument("--geometry", type=Path, help="Pi3X weights; without them and without --depth a plane")
+    geometry.add_argument("--depth", type=Path, help="depth map of the image: .npy, .npz or 16-bit picture")
     parser.add_argument("--fov", type=float, help="the picture's horizontal degrees (default: the path file's, or 55)")
     parser.add_argument("--size", default="384x640", help="video HEIGHTxWIDTH (384x640)")
     parser.add_argument("--frames", type=int, help="cut or pad the path to this many frames")
-    parser.add_argument("--out", type=Path, default=Path("warp.mp4"), help="video to write; the others go beside it (warp.mp4)")
+    parser.add_argument("--resample", action="store_true", help="stretch or squeeze the path to --frames instead")
+    parser.add_argument("--out", type=Path, default=Path("warp.mp4"), help="video; the others go beside it (warp.mp4)")
     return run_program("render.py", preview, parser.parse_args(argv))
 
 

@@ -11,6 +11,7 @@ has exactly the frames asked for.
 
 import argparse
 import itertools
+import json
 import re
 import sys
 import time
@@ -28,10 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import media
-from camera import WINDOW, CameraPath, load_path, move_path
+from camera import WINDOW, CameraPath, describe, load_path, move_path, path_error, resample
 from checkpoint import Lora, load_lora, network_dtype
 from flow import load_schedule
-from render import choose_fov, parse_size, place, run_program, to_u8
+from memory import Memory
+from pi3x import Pi3X, load_pi3x
+from render import choose_fov, estimate, parse_size, place, run_program, to_u8
 from wah import Camera, Chunk, Options, Rollout, encode_prompts, load_models, load_options, make_warp, size_multiple
 
 
@@ -40,27 +43,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                      description="Make a video that follows a camera path through a picture.")
     parser.add_argument("--image", type=Path, help="first frame (any picture); a video here is continued")
     camera = parser.add_mutually_exclusive_group()
-    camera.add_argument("--poses", type=Path, help="camera path: poses.json or the official .npz")
+    camera.add_argument("--poses", type=Path, help="camera path: a file or COLMAP folder; README.md lists the formats")
     camera.add_argument("--move", help='camera path in words, one chunk of 33 frames each: "forward 1, yaw -20, hold"')
     camera.add_argument("--warp", type=Path, help="finished warp video, mp4 or npy (uint8 [T,H,W,3])")
     parser.add_argument("--mask", type=Path, help="visibility of --warp, mp4 or npy ([T,H,W]); default: all visible")
-    parser.add_argument("--depth", type=Path, help="depth of the picture: npy, npz or 16-bit png; default: a plane at depth 1")
+    parser.add_argument("--geometry", type=Path, help="Pi3X weights (default: Pi3X/model.safetensors in the weights'"
+                                                      " folder or beside it; without any: a plane at depth 1)")
+    parser.add_argument("--keyframes", type=int, default=8, help="pictures that Pi3X sees at once: first and latest (8)")
+    parser.add_argument("--depth", type=Path, help="depth map of the picture instead: npy, npz or 16-bit png")
     parser.add_argument("--fov", type=float, help="the picture's horizontal degrees (default: the path file's, or 55)")
     parser.add_argument("--prompt", default="", help="what the video shows")
     parser.add_argument("--weights", type=Path, default=Path("weights/Helios-Distilled"), help="folder in the official layout")
-    parser.add_argument("--lora", default="auto", help='LoRA file, "off", or "auto": the one beside the weights if there is one')
+    parser.add_argument("--lora", default="auto", help='LoRA file, "off", or "auto": the one beside the weights if any')
     parser.add_argument("--out", type=Path, default=Path("out.mp4"))
     parser.add_argument("--frames", type=int, help="length of the video (default: that of the path or warp, or 33)")
+    parser.add_argument("--resample", action="store_true", help="stretch or squeeze the path to --frames instead")
     parser.add_argument("--size", default="384x640", help="HEIGHTxWIDTH, multiples of 64")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ablate", default="", help="comma-separated: no-align, no-drop, no-noise")
+    parser.add_argument("--ablate", default="", help="comma-separated: no-align, no-drop, no-noise;"
+                                                      " no-lag puts the masks of later Pi3X chunks in step")
     parser.add_argument("--save-latents", type=Path, help="also write the latents (.safetensors, key `latents`)")
+    parser.add_argument("--check", action="store_true", help="measure with Pi3X how well the video follows (out_check.json)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(argv)
 
 
 def parse_ablation(text: str, options: Options) -> Options:
-    switches = {"no-align": {"align": False}, "no-drop": {"drop": False}, "no-noise": {"warp_noise": False}}
+    switches = {"no-align": {"align": False}, "no-drop": {"drop": False}, "no-noise": {"warp_noise": False},
+                "no-lag": {"mask_lag": False}}
     for word in filter(None, (part.strip() for part in text.split(","))):
         if word not in switches:
             raise ValueError(f"--ablate {word!r}: expected some of {', '.join(switches)}")
@@ -81,6 +91,14 @@ def find_lora(choice: str, weights: Path, led: bool) -> Path | None:
     return Path(choice)
 
 
+def find_geometry(choice: Path | None, weights: Path) -> Path | None:
+    """The Pi3X file to use."""
+    if choice is not None:
+        return choice
+    places = (folder / "Pi3X" / "model.safetensors" for folder in (weights, weights.parent))
+    return next((path for path in places if path.is_file()), None)
+
+
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
@@ -96,6 +114,8 @@ class Job:
     start: dict  # what `Rollout` starts from: image [1, 3, H, W] and camera, or video [1, 3, T, H, W], or nothing
     led: bool  # by a warp, rendered or given
     lora: Lora | None
+    path: CameraPath | None
+    pi3x: Pi3X | None
 
 
 def pose_chunks(c2w: Tensor, frames: int) -> Iterator[dict]:
@@ -133,13 +153,16 @@ def check(args: argparse.Namespace) -> None:
     """What can be said of the words alone."""
     if args.frames is not None and args.frames < 1:
         raise ValueError(f"--frames {args.frames}: expected at least 1")
+    if args.keyframes < 1:
+        raise ValueError(f"--keyframes {args.keyframes}: expected at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
     path = args.poses is not None or args.move is not None
-    for flag, given, partner, there in (("--mask", args.mask, "--warp", args.warp is not None), ("--depth", args.depth, "a path", path),
-                                        ("--fov", args.fov, "a path: --poses or --move", path)):
-        if given is not None and not there:
-            raise ValueError(f"{flag} needs {partner}")
+    if args.mask is not None and args.warp is None:
+        raise ValueError("--mask needs --warp")
+    for name in ("depth", "fov", "geometry", "resample", "check"):
+        if getattr(args, name) not in (None, False) and not path:
+            raise ValueError(f"--{name} needs a camera path: --poses or --move")
     if args.image is None and (path or args.warp is not None):
         raise ValueError("a camera needs --image: the picture that it moves through")
     if args.save_latents is not None and args.save_latents.suffix != ".safetensors":
@@ -159,20 +182,36 @@ def prepare(args: argparse.Namespace) -> Job:
     size, multiple = parse_size(args.size), size_multiple(schedule)
     if any(side % multiple for side in size):
         raise ValueError(f"--size {args.size}: height and width must be multiples of {multiple}")
-    path = CameraPath(move_path(args.move)) if args.move is not None else load_path(args.poses) if args.poses is not None else None
+    path = None if args.poses is None else load_path(args.poses)
+    path = path if args.move is None else CameraPath(move_path(args.move))
     led = path is not None or args.warp is not None
     lora, dtype = find_lora(args.lora, args.weights, led), network_dtype(args.device)
-    print(f"weights {args.weights}, LoRA {lora or 'none'}, {args.device} in {str(dtype).removeprefix('torch.')}, seed {args.seed}")
+    precision = str(dtype).removeprefix("torch.")
+    print(f"weights {args.weights}, LoRA {lora or 'none'}, {args.device} in {precision}, seed {args.seed}")
     frames, start, controls = args.frames or WINDOW, {}, ({} for _ in itertools.count())
+    pi3x = None
     if path is not None:
-        fov = choose_fov(args.fov, path)
-        depth = None if args.depth is None else media.load_depth(args.depth)
-        image, geometry = place(media.load_image(args.image), depth, fov, size, args.device)
-        start = {"image": image, "camera": Camera(geometry, size)}
         frames = args.frames or len(path.c2w)
-        controls = pose_chunks(path.c2w, frames)
-        print(f"camera: {len(path.c2w)} poses, horizontal field of view {fov:g} degrees, one unit of the path is"
-              f" {start['camera'].unit:.4g} of depth; geometry: {args.depth or 'no --depth, so the picture stands on a plane at depth 1'}")
+        path = resample(path, frames) if args.resample else path
+        picture, unit = media.load_image(args.image), 1.0 if path.unit == "meter" else None
+        pi3x_file = find_geometry(args.geometry, args.weights)
+        if pi3x_file is not None and (args.depth is None or args.check):
+            pi3x = load_pi3x(pi3x_file, args.device, dtype)
+        elif args.check:
+            raise ValueError("--check needs Pi3X: --geometry PATH")
+        if args.depth is None and pi3x is not None:
+            image, source = media.fit_image(picture, size).to(args.device), f"Pi3X of {pi3x_file}"
+            camera = Memory(pi3x, image, size, keyframes=args.keyframes, unit=unit)
+            if frames <= WINDOW:  # one estimate is all that one chunk needs: the network makes room for the transformer
+                camera = Camera(camera.reference, size, unit)
+        else:
+            fov, depth = choose_fov(args.fov, path), None if args.depth is None else media.load_depth(args.depth)
+            image, geometry = place(picture, depth, fov, size, args.device)
+            camera = Camera(geometry, size, unit)
+            source = args.depth or "neither Pi3X nor --depth, so the picture stands on a plane at depth 1"
+            source = f"{source}, field of view {fov:g} degrees"
+        start, controls = {"image": image, "camera": camera}, pose_chunks(path.c2w, frames)
+        print(f"geometry: {source}\ncamera: {describe(path)}; one unit of it is {camera.unit:.4g} of the geometry's")
     elif args.warp is not None:
         start = {"image": media.fit_image(media.load_image(args.image), size, crop=False)}
         frames = count_warp(args.warp, args.mask, args.frames)
@@ -180,14 +219,17 @@ def prepare(args: argparse.Namespace) -> Job:
     elif args.image is not None and (args.image.is_dir() or args.image.suffix.lower() in media.VIDEOS):
         start = {"video": make_warp(media.load_video(args.image), None, size).frames}
         if start["video"].shape[2] < WINDOW:
-            raise ValueError(f"{args.image}: {start['video'].shape[2]} frames, to be continued a video needs at least {WINDOW}")
+            raise ValueError(f"{args.image}: fewer than the {WINDOW} frames that a video to be continued needs")
     elif args.image is not None:
         start = {"image": media.fit_image(media.load_image(args.image), size, crop=False)}
     return Job(options, size, frames, (path and path.fps) or 16, islice(controls, -(-frames // WINDOW)), start, led,
-               load_lora(lora, args.device, dtype) if lora else None)
+               load_lora(lora, args.device, dtype) if lora else None, path, pi3x if args.check else None)
 
 
 # ------------------------------------------------------------------------------------------------------------ outputs
+
+
+CHECK_STRIDE = 4  # every fourth frame, as in the paper
 
 
 class Progress:
@@ -220,13 +262,15 @@ class Output:
 
     def __init__(self, files: dict[str, Path], job: Job, closing: ExitStack):
         self.frames, self.count = job.frames, 0
-        self.videos = {name: closing.enter_context(media.VideoWriter(files[name], job.fps, job.size))
-                       for name in ("video", "warp") if name in files}
+        self.videos = {name: closing.enter_context(media.VideoWriter(files[file], job.fps, job.size))
+                       for name, file in (("result", "video"), ("warp", "warp")) if file in files}
         self.picks = set(media.evenly_spaced(job.frames, 8))
-        self.tiles: dict[str, list[np.ndarray]] = {name: [] for name in (("warp", "mask") if job.led else ()) + ("video",)}
+        self.kept: list[np.ndarray] | None = [] if "check" in files else None  # every fourth frame
+        rows = ("warp", "mask", "result") if job.led else ("result",)
+        self.tiles: dict[str, list[np.ndarray]] = {name: [] for name in rows}
 
     def add(self, chunk: Chunk) -> None:
-        rows = {"video": to_frames(chunk.frames / 2 + 0.5)}
+        rows = {"result": to_frames(chunk.frames / 2 + 0.5)}
         if chunk.warp is not None:
             rows |= {"warp": to_frames(chunk.warp.frames / 2 + 0.5), "mask": to_frames(chunk.warp.visible)}
         for index in range(min(WINDOW, self.frames - self.count)):
@@ -235,10 +279,21 @@ class Output:
                     self.videos[name].write(frames[index])
                 if self.count in self.picks:
                     self.tiles[name].append(frames[index])
+            if self.kept is not None and self.count % CHECK_STRIDE == 0:
+                self.kept.append(rows["result"][index])
             self.count += 1
 
     def sheet(self) -> np.ndarray:
         return media.contact_sheet({name: np.stack(tiles) for name, tiles in self.tiles.items()})
+
+
+def check_camera(pi3x: Pi3X, kept: list[np.ndarray], path: CameraPath) -> dict:
+    """The camera of every fourth frame, as Pi3X sees it, against the path that was asked for (`camera.path_error`)."""
+    frames = torch.from_numpy(np.stack(kept)).to(pi3x.image_mean.device)
+    images = [rearrange(frame, "h w c -> 1 c h w") / 127.5 - 1 for frame in frames]
+    estimated = torch.stack([geometry.c2w for geometry in estimate(pi3x, images)])
+    wanted = path.c2w[(torch.arange(len(kept)) * CHECK_STRIDE).clamp(max=len(path.c2w) - 1)]
+    return path_error(estimated, wanted)
 
 
 def peak_memory(device: str) -> str:
@@ -258,7 +313,8 @@ def generate(args: argparse.Namespace, job: Job, output: Output) -> tuple[Rollou
     progress = Progress(job.options, models.schedule.sampler == "dmd", chunks=-(-job.frames // WINDOW))
     generator = torch.Generator("cpu").manual_seed(args.seed)
     begin = time.perf_counter()
-    rollout = Rollout(models, prompts, job.size, generator, **job.start, lora=job.lora, options=job.options, on_step=progress)
+    rollout = Rollout(models, prompts, job.size, generator, **job.start, lora=job.lora, options=job.options,
+                      on_step=progress)
     latents = [rollout.given.cpu()]
     try:
         for control in job.controls:
@@ -280,7 +336,10 @@ def run(args: argparse.Namespace) -> None:
     outputs = media.beside(args.out, **({"warp": "_warp.mp4"} if job.led else {}), sheet="_sheet.png")
     if args.save_latents is not None:
         outputs["latents"] = args.save_latents
-    inputs = [path for path in (args.image, args.poses, args.warp, args.mask, args.depth) if path is not None]
+    if args.check:
+        outputs["check"] = args.out.with_name(f"{args.out.stem}_check.json")
+    given = args.image, args.poses, args.warp, args.mask, args.depth, args.geometry
+    inputs = [path for path in given if path is not None]
     with media.replacing(outputs, inputs) as files:
         with ExitStack() as closing:
             output = Output(files, job, closing)
@@ -288,9 +347,14 @@ def run(args: argparse.Namespace) -> None:
         media.save_png(files["sheet"], output.sheet())
         if "latents" in files:
             files["latents"].write_bytes(save({"latents": torch.cat(latents, dim=2)}))
+        if "check" in files:
+            error = check_camera(job.pi3x, output.kept, job.path)
+            files["check"].write_text(json.dumps(error, indent=1) + "\n")
+            print("camera check: " + ", ".join(f"{name} {value:.4g}" for name, value in error.items()))
     print(f"wrote {output.count} frames:", *outputs.values())
-    print(f"{seconds / rollout.chunk:.2f} s/chunk, {output.count / seconds:.2f} frames/s, {rollout.flops / seconds / 1e12:.3g} TFLOP/s"
-          f" ({rollout.flops / 1e12:.3g} TFLOP counted in the transformer), peak {peak_memory(args.device)}")
+    work = rollout.flops / 1e12
+    print(f"{seconds / rollout.chunk:.2f} s/chunk, {output.count / seconds:.2f} frames/s, {work / seconds:.3g} TFLOP/s"
+          f" ({work:.3g} TFLOP counted in the transformer), peak {peak_memory(args.device)}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -98,7 +98,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
         q, k, v = (rearrange(layer(x), "b n (h d) -> b h n d", h=self.num_heads) for layer in (self.q, self.k, self.v))
-        bias = rearrange(self.relative_attention_bias(buckets), "q k h -> 1 h q k").contiguous()  # fused kernels want it so
+        bias = rearrange(self.relative_attention_bias(buckets), "q k h -> 1 h q k").contiguous()  # for fused kernels
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.o(rearrange(y, "b h n d -> b n (h d)"))
 

@@ -24,6 +24,7 @@ import media
 from camera import WINDOW, normalize, scale_translation
 from checkpoint import Lora, load, network_dtype, read_json
 from flow import Schedule, Velocity, guide, load_schedule, sample
+from memory import Memory
 from model import Band, Helios, History
 from render import Geometry, Warp, median_depth, render
 from text import Tokenizer, UMT5Encoder, encode_prompt
@@ -132,25 +133,34 @@ def mask_latents(visible: Tensor, frames: int = CHUNK) -> Tensor:
     return resize_volume(visible[:, :, index], torch.Size((frames, height // 8, width // 8))).clamp(0, 1)
 
 
-@dataclass(frozen=True)
 class Camera:
-    """Warps of the first frame along a path, all of them from its one geometry."""
+    """The camera of one rollout, whose geometry is given and stays: the first frame's, for all chunks.
 
-    geometry: Geometry
-    size: tuple[int, int]
+    `memory.Memory` is the other kind, which estimates geometry anew from what has been generated.
+    """
+
+    def __init__(self, geometry: Geometry, size: tuple[int, int], unit: float | None = None):
+        """unit: length of a path's unit in the geometry's; officially a tenth of the first frame's median depth."""
+        self.geometry, self.size = geometry, size
+        self.unit = 0.1 * median_depth(geometry) if unit is None else unit
+        self.first: Tensor | None = None  # pose of the picture's own camera: the first of all
 
     @property
-    def unit(self) -> float:
-        """Length of a path's unit in the geometry's: officially a tenth of the first frame's median depth."""
-        return 0.1 * median_depth(self.geometry)
+    def begun(self) -> bool:
+        return self.first is not None
 
-    def warp(self, poses: Tensor, first: Tensor | None = None) -> Warp:
-        """The view from `poses` [T, 4, 4], camera-to-world. `first` [4, 4] is the pose of the picture's own camera; without
-        it that is the first of `poses`, whose frame then is the picture itself."""
-        if first is None:
-            return render(self.geometry, normalize(scale_translation(poses, self.unit), len(poses)), self.size)
-        warp = self.warp(torch.cat([first[None], poses]))
+    def warp(self, poses: Tensor) -> Warp:
+        """The chunk's views from `poses` [33, 4, 4], camera-to-world; if there are fewer, the last one holds."""
+        poses = scale_translation(poses[torch.arange(WINDOW).clamp(max=len(poses) - 1)], self.unit)
+        if self.first is None:
+            self.first = poses[:1]
+            return render(self.geometry, normalize(poses, WINDOW), self.size)
+        # The renderer's first frame is always the picture itself: it is put in front and taken off again.
+        warp = render(self.geometry, normalize(torch.cat([self.first, poses]), WINDOW + 1), self.size)
         return Warp(warp.frames[:, :, 1:], warp.visible[:, :, 1:])
+
+    def remember(self, frame: Tensor) -> None:
+        """The last frame of a chunk teaches nothing."""
 
 
 # ------------------------------------------------------------------------------------------------------------ rollout
@@ -171,7 +181,7 @@ class Rollout:
     """
 
     def __init__(self, models: Models, prompts: Prompts, size: tuple[int, int], generator: torch.Generator,
-                 image: Tensor | None = None, video: Tensor | None = None, camera: Camera | None = None,
+                 image: Tensor | None = None, video: Tensor | None = None, camera: Camera | Memory | None = None,
                  lora: Lora | None = None, options: Options = Options(),
                  on_step: Callable[[int, int, int], None] | None = None):
         """image [1, 3, H, W] or video [1, 3, T, H, W] (at least 33 frames) in [-1, 1]; `generator` on the CPU; `on_step` is
@@ -181,6 +191,8 @@ class Rollout:
             raise ValueError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
         if len(options.steps) != models.schedule.stages or min(options.steps) < 1:
             raise ValueError(f"steps {options.steps}: expected {models.schedule.stages} numbers of at least 1, one a stage")
+        if camera is not None and camera.begun:
+            raise ValueError("this camera has been used: each rollout needs its own")
         if lora is not None and prompts.trigger is None:
             raise ValueError("a LoRA needs the prompt with its trigger")
         models.transformer.set_lora(lora)  # a LoRA of another model is refused here, before any work
@@ -194,7 +206,6 @@ class Rollout:
         self.first_frame: Tensor | None = None  # clean latent that replaces the first one generated
         self.prefix: Tensor | None = None  # what stands at time index 0
         self.noisy_prefix: Tensor | None = None  # the same for the warp's stage
-        self.first_pose: Tensor | None = None
         self.given = self.zeros(0)
         self.earlier = self.zeros(0)  # generated latents, as many as the warp's stage may look at
         self.text_cache: dict[str, list] = {}
@@ -350,9 +361,7 @@ class Rollout:
         if poses is not None:
             if self.camera is None or warp is not None:
                 raise ValueError("poses need a camera, and no warp beside them")
-            poses = poses[torch.arange(WINDOW).clamp(max=len(poses) - 1)]
-            warp = self.camera.warp(poses, self.first_pose)
-            self.first_pose = poses[0] if self.first_pose is None else self.first_pose
+            warp = self.camera.warp(poses)
         noise = self.normal(CHUNK)
         native = self.native_history()
         led = self.warp_history(warp) if warp is not None else None
@@ -381,4 +390,7 @@ class Rollout:
         self.earlier = earlier[:, :, max(earlier.shape[2] - sum(self.options.previous), 0):]
         self.chunk += 1
         vae = self.models.vae
-        return Chunk(vae.decode(vae.denormalize(latents)), latents, warp)
+        frames = vae.decode(vae.denormalize(latents))
+        if self.camera is not None:
+            self.camera.remember(frames[:, :, -1])
+        return Chunk(frames, latents, warp)

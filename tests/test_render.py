@@ -333,7 +333,7 @@ def test_unreadable_path_files(tmp_path):
     np.savez(tmp_path / "other.npz", c2w=np.eye(4))
     np.savez(tmp_path / "pickle.npz", camera_poses=np.array([{}], dtype=object))
     for name, message in (("p.json", "not valid JSON"), ("p.npz", "not a readable numpy file"),
-                          ("p.txt", "unknown camera"), ("other.npz", "no array 'camera_poses', found c2w"),
+                          ("p.obj", "unknown camera"), ("other.npz", "no array 'camera_poses', found c2w"),
                           ("pickle.npz", "plain numbers")):
         with pytest.raises(ValueError, match=message):
             load_path(tmp_path / name)
@@ -465,8 +465,13 @@ def test_preview(tmp_path, capsys):
     assert difference.abs().mean() < 0.05  # the video codec's loss
     sheet, view = (np.array(Image.open(tmp_path / name)) for name in ("w_sheet.png", "w_path.png"))
     assert sheet.shape[1] > 8 * 200 and (view == [255, 0, 0]).all(-1).any() and (view == [0, 128, 0]).all(-1).any()
-    names = {"d.npy", "in.png", "p.json", "w.mp4", "w_mask.mp4", "w_path.png", "w_sheet.png"}
+    names = {"d.npy", "in.png", "p.json", "w.mp4", "w_mask.mp4", "w_path.png", "w_sheet.png", "w_cloud.ply"}
     assert {p.name for p in tmp_path.iterdir()} == names
+    header, _, body = (tmp_path / "w_cloud.ply").read_bytes().partition(b"end_header\n")
+    cloud = np.frombuffer(body, [("xyz", "<f4", 3), ("rgb", "u1", 3)])
+    assert f"element vertex {len(cloud)}".encode() in header and b"binary_little_endian" in header
+    assert np.array_equal(cloud["xyz"], source.points[source.valid].numpy())
+    assert np.array_equal(cloud["rgb"], source.rgb[source.valid].numpy())
 
 
 def test_depth_and_field_of_view_are_cropped_with_the_picture():

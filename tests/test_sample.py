@@ -92,6 +92,41 @@ def test_warp_goes_with_the_poses(place):
     assert abs(areas[0] - 256) < 40 and abs(areas[-1] - 4 * 256) < 160  # half the way to a plane doubles its size
 
 
+PI3X = ["--geometry", str(goldens.GEOMETRY / "pi3x_weights.safetensors")]
+
+
+def test_geometry_from_the_picture_alone(place, capsys):
+    """Nothing but weights: Pi3X beside the checkpoint is found, later chunks are estimated anew, the check is written."""
+    weights = place / "weights" / "model"
+    shutil.copytree(DISTILLED, weights)
+    (place / "weights" / "Pi3X").mkdir()
+    shutil.copy(PI3X[1], place / "weights" / "Pi3X" / "model.safetensors")
+    words = ["--image", "image.png", "--move", "forward 1, right 1", "--frames", "40", "--check"]
+    assert sample(*words, weights=weights) == 0
+    out = capsys.readouterr().out
+    assert "Pi3X of" in out and "camera check: frames 10" in out
+    error = json.loads((place / "out_check.json").read_text())
+    assert error["frames"] == 10 and 0 <= error["rotation_degrees"] <= 180 and error["translation"] >= 0
+    assert len(frames("out.mp4")) == len(frames("out_warp.mp4")) == 40
+
+
+def test_one_chunk_is_the_same_with_and_without_keyframes(place):
+    """Pi3X is let go before the transformer where no second estimate is needed, and nothing changes by that."""
+    made = []
+    for extra in ([], ["--check"]):
+        assert sample("--image", "image.png", "--move", "forward 1", "--save-latents", "x.safetensors", *PI3X, *extra) == 0
+        made.append(load_file("x.safetensors")["latents"])
+    assert torch.equal(*made)
+
+
+def test_meters_and_resampling(place, capsys):
+    data = json.loads((place / "poses.json").read_text())
+    (place / "meter.json").write_text(json.dumps(data | {"unit": "meter"}))
+    assert sample("--image", "image.png", "--poses", "meter.json", "--depth", "depth.npy", "--frames", "3", "--resample") == 0
+    out = capsys.readouterr().out
+    assert "3 poses, 1 meters travelled" in out and "one unit of it is 1 of" in out and len(frames("out.mp4")) == 3
+
+
 def test_contact_sheet_shows_the_frames(place):
     assert sample("--image", "image.png", "--warp", "warp.npy", "--mask", "mask.npy", "--frames", "20") == 0
     sheet, warp = np.asarray(Image.open("out_sheet.png")).astype(float), np.load("warp.npy")[:20]
@@ -210,6 +245,12 @@ LED = ["--image", "image.png", "--move", "forward 1"]
     (["--image", "image.png", "--fov", "50"], ["--fov"]),
     (LED + ["--seed", "-1"], ["--seed"]),
     (LED + ["--device", "abacus"], ["abacus"]),
+    (LED + ["--geometry", "none.safetensors"], ["none.safetensors"]),
+    (LED + ["--geometry", str(HELIOS / "lora_prefix.safetensors")], ["lora_prefix", "missing"]),
+    (LED + PI3X + ["--keyframes", "0"], ["--keyframes"]),
+    (LED + ["--check"], ["--check", "Pi3X"]),
+    (["--image", "image.png", "--check"], ["--check"]),
+    (["--image", "image.png", "--poses", "mask.npy"], ["mask.npy", ".json"]),
     (LED + ["--device", "cuda:77"], ["cuda:77"]),
 ])
 def test_bad_words(capsys, place, words, parts):

@@ -14,6 +14,8 @@ from checkpoint import load_lora
 from flow import load_schedule
 from goldens import DISTILLED, HELIOS, check
 from media import fit_image
+from memory import Memory
+from pi3x import load_pi3x
 from render import Warp, geometry_from_depth, pinhole, render
 from wah import Camera, Options, Rollout, encode_prompts, load_models, load_options, make_warp, mask_latents
 
@@ -230,17 +232,18 @@ def test_the_first_stage_alone_is_led(models, prompts, stages):
 
 
 def test_poses_are_rendered_from_the_first_frame(models, prompts):
-    """Two chunks of poses give the warps of one long path, seen from the picture's own camera, in every rollout; the
+    """Two chunks of poses give the warps of one long path, seen from the picture's own camera; the
     last pose holds where a chunk has fewer than 33."""
     path, camera = move_path("right 2, yaw 15"), room_camera(SIZE)
     assert abs(camera.unit - 0.2) < 1e-4  # a tenth of the median of depths from 3 to 1
     path[:, :3, 3] += 5  # the first pose is the picture's own, wherever it is
     whole = render(camera.geometry, normalize(scale_translation(path[:50], camera.unit), 66), SIZE)
-    for _ in range(2):  # a camera keeps nothing from a rollout
-        rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=fit_image(picture(), SIZE), camera=camera)
-        warps = [rollout.next(poses=part).warp for part in path[:50].split(33)]
-        assert torch.equal(torch.cat([warp.frames for warp in warps], dim=2), whole.frames)
-        assert torch.equal(torch.cat([warp.visible for warp in warps], dim=2), whole.visible)
+    rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=fit_image(picture(), SIZE), camera=camera)
+    warps = [rollout.next(poses=part).warp for part in path[:50].split(33)]
+    assert torch.equal(torch.cat([warp.frames for warp in warps], dim=2), whole.frames)
+    assert torch.equal(torch.cat([warp.visible for warp in warps], dim=2), whole.visible)
+    with pytest.raises(ValueError, match="has been used"):
+        Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=fit_image(picture(), SIZE), camera=camera)
 
 
 def test_mask_lag_is_an_option(models, prompts):
@@ -299,3 +302,22 @@ def test_mask_latents(name):
     mask, expected = POSES[f"mask/{name}_in"], POSES[f"mask/{name}_latent"]
     actual = mask_latents(mask[None, None].float())
     check("mask on the latent grid", actual, expected, 1e-6)
+
+
+@pytest.fixture(scope="module")
+def pi3x():
+    return load_pi3x(goldens.GEOMETRY / "pi3x_weights.safetensors")
+
+
+def test_keyframe_memory_leads_a_rollout(models, prompts, pi3x):
+    """With Pi3X later warps have 34 frames, begin with the picture that was generated last, and differ with its content."""
+    image, path = fit_image(picture(), SIZE), move_path("right 1, right 1")
+    rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=image, camera=Memory(pi3x, image, SIZE, limit=11760))
+    first, second = (rollout.next(poses=part) for part in path.split(33))
+    assert [chunk.warp.frames.shape[2] for chunk in (first, second)] == [33, 34]
+    start = torch.nn.functional.interpolate(first.frames[:, :, -1], size=(84, 140), mode="bilinear")
+    start = torch.nn.functional.interpolate(start, size=SIZE, mode="bilinear")
+    assert abs(second.warp.frames[:, :, 0] - start).mean() < 0.02
+    assert second.warp.visible[:, :, 0].min() == 1
+    with pytest.raises(ValueError, match="has been used"):
+        Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=image, camera=rollout.camera)

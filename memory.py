@@ -1,0 +1,232 @@
+"""Keyframe memory: the geometry of a rollout by Pi3X, estimated anew before every chunk, and its warps.
+
+The first chunk's warp is the first frame's alone (render.py). Before a later chunk Pi3X sees the first frame and the
+last one of every chunk so far together. Their focal lengths are smoothed, the scale is aligned with the first estimate
+and all are splatted into the new views, the latest densely; behind them lies a panorama of the keyframes' far pixels.
+`Memory` is the state of one rollout, the rest are plain functions. Reproduced: the official pipeline's memory, also
+switched off (`keyframes=1`). Left out: target intrinsics, which the official code ignores with Pi3X keyframes.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from camera import WINDOW, normalize, scale_translation
+from pi3x import Pi3X
+from render import (MIN_CONFIDENCE, PIXEL_LIMIT, Geometry, NoSurface, RenderSettings, Samples, Warp, collect,
+                    ensure_valid, estimate, median_depth, quantize, render, render_samples, resize, surface_samples,
+                    transform, unproject)
+
+ATLAS = (384, 768)  # rows from straight up to straight down, columns all around
+
+
+# ----------------------------------------------------------------------------------------------------------- alignment
+
+
+def smooth_focals(geometries: list[Geometry]) -> list[Geometry]:
+    """Focal lengths kept near the first keyframe's and averaged over time, the principal point in the centre.
+
+    Kept for parity: the points stay, so that the latest keyframe seen from its own camera is not quite itself.
+    """
+    first = [max(abs(geometries[0].K[axis, axis].item()), 1e-6) for axis in (0, 1)]
+    result = []
+    for geometry in geometries:
+        height, width = geometry.depth.shape
+        ratios = [abs(geometry.K[axis, axis].item()) / first[axis] for axis in (0, 1)]
+        clamped = [min(max(ratio, 0.65), 1.35) * reference for ratio, reference in zip(ratios, first)]
+        smooth = [0.5 * new + 0.5 * old for new, old in zip(clamped, smooth)] if result else clamped
+        K = torch.tensor([[smooth[0], 0, (width - 1) / 2], [0, smooth[1], (height - 1) / 2], [0, 0, 1]])
+        result.append(replace(geometry, K=K))
+    return result
+
+
+def depth_ratio(geometry: Geometry, reference: Geometry) -> float:
+    """How much deeper `reference` is, another estimate of the same picture: a trimmed median, 1 without overlap."""
+    size = tuple(geometry.depth.shape)
+    if reference.depth.shape != size:
+        valid = F.interpolate(reference.valid[None, None].float(), size)[0, 0] > 0.5
+        reference = replace(reference, depth=resize(reference.depth[None, None], size)[0, 0], valid=valid)
+    known = geometry.valid & geometry.has_depth() & reference.valid & reference.has_depth()
+    ratios = reference.depth[known].double() / geometry.depth[known]
+    if len(ratios) == 0:
+        return 1.0
+    if len(ratios) >= 32:
+        low, high = ratios.quantile(ratios.new_tensor([0.1, 0.9]))
+        ratios = ratios[(ratios >= low) & (ratios <= high)]
+    return min(max(ratios.quantile(0.5).item(), 0.1), 10.0)
+
+
+def align_scale(geometries: list[Geometry], reference: Geometry) -> list[Geometry]:
+    """All keyframes in the unit of `reference`, an earlier estimate of the first one."""
+    scale = depth_ratio(geometries[0], reference)
+    return [replace(geometry, points=geometry.points * scale, depth=geometry.depth * scale,
+                    c2w=scale_translation(geometry.c2w[None], scale)[0]) for geometry in geometries]
+
+
+# ---------------------------------------------------------------------------------------------------------- background
+
+
+@dataclass(frozen=True)
+class Atlas:
+    """A panorama at infinity: rows are pitch, columns yaw."""
+
+    rgb: Tensor  # [H, W, 3] uint8
+    known: Tensor  # [H, W] bool
+
+
+def background_mask(geometry: Geometry) -> Tensor:
+    """[H,W] bool: what is unknown, uncertain or far; the whole picture if that is less than a tenth of it.
+
+    Kept for parity: outlines of the foreground, which the edge filter made invalid, count as background.
+    """
+    known = geometry.valid & geometry.has_depth()
+    mask = ~geometry.valid | (geometry.confidence < MIN_CONFIDENCE)
+    depths = geometry.depth[known]
+    if len(depths) >= 128:
+        mask = mask | (known & (geometry.depth >= depths.quantile(0.65)))
+    enough = mask.sum() >= max(1, int(0.1 * mask.numel()))
+    return mask | ~enough
+
+
+def pixel_rays(c2w: Tensor, K: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Unit directions in the world [H,W,3] of all pixels of a camera."""
+    turn = torch.eye(4)
+    local = F.normalize(unproject(torch.ones(size, device=device), K, turn), dim=-1)
+    turn[:3, :3] = c2w[:3, :3]
+    return F.normalize(torch.stack(transform(turn, *local.unbind(-1)), dim=-1), dim=-1)
+
+
+def texels(rays: Tensor) -> Tensor:
+    """Flat indices [...] into an atlas of unit directions [..., 3]."""
+    x, y, z = rays.unbind(-1)
+    height, width = ATLAS
+    yaw, pitch = torch.atan2(x, z), torch.atan2(y, (x * x + z * z).sqrt())
+    columns = ((yaw + math.pi) * (width / (2 * math.pi))).floor().long() % width
+    rows = ((pitch + math.pi / 2) * (height / math.pi)).floor().long().clamp(0, height - 1)
+    return rows * width + columns
+
+
+def atlas_colors(geometries: list[Geometry]) -> Atlas:
+    """Mean colour of all keyframes' background pixels in each texel."""
+    total = torch.zeros(math.prod(ATLAS), 4, dtype=torch.float64, device=geometries[0].depth.device)  # r, g, b, count
+    for geometry in geometries:
+        mask = background_mask(geometry)
+        rays = pixel_rays(geometry.c2w, geometry.K, tuple(mask.shape), mask.device)
+        values = F.pad(geometry.rgb[mask].double(), (0, 1), value=1.0)
+        total.index_add_(0, texels(rays[mask]), values)  # whole numbers: exact in every order
+    rgb, count = total.view(*ATLAS, 4).split([3, 1], dim=-1)
+    return Atlas((rgb / count.clamp(min=1)).round().to(torch.uint8), count[..., 0] > 0)
+
+
+def fill_rows(atlas: Atlas, radius: int = 3) -> Atlas:
+    """Unknown texels take the nearest known one in their row, also around the back; the left one of two as near."""
+    rgb, known = atlas.rgb, atlas.known
+    for step in (step for distance in range(1, radius + 1) for step in (distance, -distance)):
+        take = atlas.known.roll(step, dims=1) & ~known
+        rgb = torch.where(take[..., None], atlas.rgb.roll(step, dims=1), rgb)
+        known = known | take
+    return Atlas(rgb, known)
+
+
+def look_up(atlas: Atlas, c2w: Tensor, K: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What a camera sees of the atlas, wherever it stands: rgb [H,W,3] uint8 and where it is known [H,W] bool."""
+    index = texels(pixel_rays(c2w, K, size, atlas.rgb.device))
+    return atlas.rgb.flatten(0, 1)[index], atlas.known.flatten()[index]
+
+
+# ----------------------------------------------------------------------------------------------------------- rendering
+
+
+def keyframe_samples(geometries: list[Geometry], settings: RenderSettings) -> Samples:
+    """Surface samples of all keyframes, oldest first: one a quad, of the latest as many as the settings say.
+
+    An earlier keyframe without any surface is skipped; the latest raises NoSurface. Kept for parity: the mesh is torn
+    again at edges of what `valid` left, and holes are later filled as if all source positions were the latest's.
+    """
+    sparse, parts = replace(settings, samples=1), []
+    for geometry in geometries[:-1]:
+        try:
+            parts.append(surface_samples(geometry, sparse, top_fill=False))
+        except NoSurface:
+            continue
+    parts.append(surface_samples(geometries[-1], settings, top_fill=False))
+    return Samples(torch.cat([part.xyz for part in parts], dim=1), torch.cat([part.rgb for part in parts]),
+                   torch.cat([part.xy for part in parts]))
+
+
+def render_keyframes(geometries: list[Geometry], poses: Tensor,
+                     settings: RenderSettings = RenderSettings()) -> Iterator[tuple[Tensor, Tensor]]:
+    """Frame by frame, as `render_frames`: rgb [H,W,3] uint8 and visible [H,W] bool.
+
+    `poses` [T,4,4] are relative to the latest keyframe, whose picture is frame 0 and whose K is used throughout. Kept
+    for parity: what only the atlas shows, a guess at infinity, counts as visible.
+    """
+    latest, atlas = geometries[-1], fill_rows(atlas_colors(geometries))
+    intrinsics = latest.K.expand(len(poses), 3, 3)
+    return render_samples(keyframe_samples(geometries, settings), latest, poses, settings, intrinsics,
+                          lambda c2w, K: look_up(atlas, c2w, K, tuple(latest.depth.shape)))
+
+
+# ---------------------------------------------------------------------------------------------------------- one rollout
+
+
+class Memory:
+    """The camera of one rollout. For each chunk: `warp` along its poses, then `remember` the last frame made of it."""
+
+    def __init__(self, network: Pi3X, image: Tensor, size: tuple[int, int], settings: RenderSettings = RenderSettings(),
+                 keyframes: int | None = None, unit: float | None = None, limit: int = PIXEL_LIMIT):
+        """Estimates the geometry of `image` [1,3,H,W] in [-1,1]. Warps have the video `size` (H, W).
+
+        keyframes: how many pictures are estimated together, the first and the latest ones. None is the official memory,
+            which grows with every chunk; 1 is its "off", the latest picture alone, whose scale nothing aligns.
+        unit: metres in a unit of the poses; officially a tenth of the image's median depth.
+        limit: most pixels of a picture that the network sees.
+        """
+        if keyframes is not None and keyframes < 1:
+            raise ValueError(f"keyframes {keyframes}: expected at least 1, or None for all")
+        self.network, self.size, self.settings = network, size, settings
+        self.keyframes, self.limit = keyframes, limit
+        self.images = [image.to(network.image_mean.device)]
+        self.reference = ensure_valid(estimate(network, self.images, limit)[0])
+        self.unit = 0.1 * median_depth(self.reference) if unit is None else unit
+        self.chunk = 0
+        self.pose: Tensor | None = None  # of the latest picture
+        self.end: Tensor | None = None  # of the last frame of the latest warp
+
+    @property
+    def begun(self) -> bool:
+        return self.end is not None
+
+    def warp(self, poses: Tensor) -> Warp:
+        """The chunk's views from `poses` [33,4,4], camera-to-world; if there are fewer, the last one holds.
+
+        33 frames at first; later 34, which begin with the latest picture, at the pose where the last warp ended.
+        Raises ValueError if the latest picture has no surface.
+        """
+        poses = poses[torch.arange(WINDOW).clamp(max=len(poses) - 1)]
+        self.end = poses[-1]
+        if self.pose is not None:
+            poses = torch.cat([self.pose[None], poses])
+        poses = normalize(scale_translation(poses, self.unit), len(poses))
+        if self.chunk == 0:
+            return render(self.reference, poses, self.size, self.settings)
+        geometries = estimate(self.network, self.images, self.limit)
+        if self.keyframes == 1:
+            return render(ensure_valid(geometries[0]), poses, self.size, self.settings)
+        geometries = align_scale(smooth_focals(geometries), self.reference)
+        geometries = [ensure_valid(geometry) for geometry in geometries]
+        return collect(render_keyframes(geometries, poses, self.settings), self.size)
+
+    def remember(self, frame: Tensor) -> None:
+        """A chunk is decoded: its last `frame` [1,3,H,W] in [-1,1] is the latest keyframe now, rounded to 8 bits. After
+        a chunk without a warp the camera is still where the last warp ended."""
+        self.images.append(quantize(frame.to(self.images[0].device)))
+        if self.keyframes is not None and len(self.images) > self.keyframes:
+            del self.images[min(1, self.keyframes - 1)]  # the oldest but the first, which goes if only one may stay
+        self.pose = self.end
+        self.chunk += 1
