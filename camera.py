@@ -111,6 +111,23 @@ def resample(path: CameraPath, frames: int) -> CameraPath:
     return replace(path, c2w=(here @ rigid(q, share * step[:, :3, 3])).float())
 
 
+def retime(path: CameraPath, frames: int | None, fps: float | None, stretch: bool) -> tuple[CameraPath, int, float]:
+    """The path, length and frame rate of a video that follows `path`.
+
+    Without `stretch` the path's poses are its frames, whatever their rate: later the path is cut or its last pose held.
+    With it the whole path is resampled to `frames`, or, if they are not given, to the rate `fps` at its own speed.
+    """
+    rate = fps if fps is not None else path.fps if path.fps is not None else 16
+    if not 1 <= rate <= 240:
+        raise ValueError(f"--fps {rate:g}: expected a number from 1 to 240")
+    if frames is None:
+        speed = rate / path.fps if stretch and path.fps is not None else 1
+        frames = round((len(path.c2w) - 1) * speed) + 1
+    if frames < 1:
+        raise ValueError(f"--frames {frames}: expected at least 1")
+    return (resample(path, frames) if stretch else path), frames, rate
+
+
 def describe(path: CameraPath) -> str:
     """How far the path goes and turns, added up from frame to frame."""
     steps, unit = path.c2w.double().diff(dim=0), "meters" if path.unit == "meter" else "units"
@@ -128,9 +145,9 @@ def path_error(estimated: Tensor, wanted: Tensor) -> dict[str, float]:
     """How far a camera path is from the one wanted; both [T,4,4] camera-to-world, each of any origin and unit.
 
     Both are made relative to their first pose, and the estimated translations are multiplied by the `scale`, not
-    below 0, that fits them best. Averages over the frames after the first: `rotation_degrees`, the angle between the rotations;
-    `translation`, the distance between the positions in the wanted path's unit; `translation_share`, that distance over
-    the wanted path's largest distance from its start (0 if it stays in place).
+    below 0, that fits them best. Averages over the frames after the first: `rotation_degrees`, the angle between the
+    rotations; `translation`, the distance between the positions in the wanted path's unit; `translation_share`, that
+    distance over the wanted path's largest distance from its start (0 if it stays in place).
     """
     estimated, wanted = (normalize(path.cpu().double(), len(path)) for path in (estimated, wanted))
     there, goal = estimated[1:, :3, 3], wanted[1:, :3, 3]

@@ -23,7 +23,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 import media
-from camera import VERBS, CameraPath, describe, inverse, load_path, move_path, normalize, resample, scale_translation
+from camera import VERBS, CameraPath, describe, inverse, load_path, move_path, normalize, retime, scale_translation
 from pi3x import Pi3X, focal_from_rays, load_pi3x
 
 PATCH, PIXEL_LIMIT = 14, 255_000  # geometry maps have the input size of Pi3X
@@ -492,11 +492,8 @@ def draw_path(geometry: Geometry, poses: Tensor) -> np.ndarray:
 def preview(args: argparse.Namespace) -> None:
     """Render the path that the arguments describe; write the warp, its mask, a contact sheet and a top view."""
     size, path = parse_size(args.size), load_path(args.poses) if args.move is None else CameraPath(move_path(args.move))
-    fov_x, fps = choose_fov(args.fov, path), path.fps or 16
-    count = len(path.c2w) if args.frames is None else args.frames
-    if count < 1:
-        raise ValueError(f"--frames {count}: expected at least 1")
-    path = resample(path, count) if args.resample else path
+    fov_x = choose_fov(args.fov, path)
+    path, count, fps = retime(path, args.frames, args.fps, args.resample)
     outputs = media.beside(args.out, mask="_mask.mp4", sheet="_sheet.png", path="_path.png", cloud="_cloud.ply")
     inputs = [file for file in (args.image, args.poses, args.depth, args.geometry) if file is not None]
     picture = media.load_image(args.image)
@@ -540,7 +537,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--fov", type=float, help="the picture's horizontal degrees (default: the path file's, or 55)")
     parser.add_argument("--size", default="384x640", help="video HEIGHTxWIDTH (384x640)")
     parser.add_argument("--frames", type=int, help="cut or pad the path to this many frames")
-    parser.add_argument("--resample", action="store_true", help="stretch or squeeze the path to --frames instead")
+    parser.add_argument("--fps", type=float, help="frame rate of the video (default: the path file's, or 16)")
+    parser.add_argument("--resample", action="store_true", help="stretch or squeeze the path to --frames or --fps instead")
     parser.add_argument("--out", type=Path, default=Path("warp.mp4"), help="video; the others go beside it (warp.mp4)")
     return run_program("render.py", preview, parser.parse_args(argv))
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import media
-from camera import WINDOW, CameraPath, describe, load_path, move_path, path_error, resample
+from camera import WINDOW, CameraPath, describe, load_path, move_path, path_error, retime
 from checkpoint import Lora, load_lora, network_dtype
 from flow import load_schedule
 from memory import Memory
@@ -57,7 +57,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lora", default="auto", help='LoRA file, "off", or "auto": the one beside the weights if any')
     parser.add_argument("--out", type=Path, default=Path("out.mp4"))
     parser.add_argument("--frames", type=int, help="length of the video (default: that of the path or warp, or 33)")
-    parser.add_argument("--resample", action="store_true", help="stretch or squeeze the path to --frames instead")
+    parser.add_argument("--fps", type=float, help="frame rate of the video (default: the path file's, or 16)")
+    parser.add_argument("--resample", action="store_true", help="stretch or squeeze the path to --frames or --fps instead")
     parser.add_argument("--size", default="384x640", help="HEIGHTxWIDTH, multiples of 64")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ablate", default="", help="comma-separated: no-align, no-drop, no-noise;"
@@ -153,6 +154,8 @@ def check(args: argparse.Namespace) -> None:
     """What can be said of the words alone."""
     if args.frames is not None and args.frames < 1:
         raise ValueError(f"--frames {args.frames}: expected at least 1")
+    if args.fps is not None and not 1 <= args.fps <= 240:
+        raise ValueError(f"--fps {args.fps:g}: expected a number from 1 to 240")
     if args.keyframes < 1:
         raise ValueError(f"--keyframes {args.keyframes}: expected at least 1")
     if not 0 <= args.seed < 2**63:
@@ -188,11 +191,10 @@ def prepare(args: argparse.Namespace) -> Job:
     lora, dtype = find_lora(args.lora, args.weights, led), network_dtype(args.device)
     precision = str(dtype).removeprefix("torch.")
     print(f"weights {args.weights}, LoRA {lora or 'none'}, {args.device} in {precision}, seed {args.seed}")
-    frames, start, controls = args.frames or WINDOW, {}, ({} for _ in itertools.count())
+    frames, fps, start, controls = args.frames or WINDOW, args.fps or 16, {}, ({} for _ in itertools.count())
     pi3x = None
     if path is not None:
-        frames = args.frames or len(path.c2w)
-        path = resample(path, frames) if args.resample else path
+        path, frames, fps = retime(path, args.frames, args.fps, args.resample)
         picture, unit = media.load_image(args.image), 1.0 if path.unit == "meter" else None
         pi3x_file = find_geometry(args.geometry, args.weights)
         if pi3x_file is not None and (args.depth is None or args.check):
@@ -222,7 +224,7 @@ def prepare(args: argparse.Namespace) -> Job:
             raise ValueError(f"{args.image}: fewer than the {WINDOW} frames that a video to be continued needs")
     elif args.image is not None:
         start = {"image": media.fit_image(media.load_image(args.image), size, crop=False)}
-    return Job(options, size, frames, (path and path.fps) or 16, islice(controls, -(-frames // WINDOW)), start, led,
+    return Job(options, size, frames, fps, islice(controls, -(-frames // WINDOW)), start, led,
                load_lora(lora, args.device, dtype) if lora else None, path, pi3x if args.check else None)
 
 
@@ -272,7 +274,8 @@ class Output:
     def add(self, chunk: Chunk) -> None:
         rows = {"result": to_frames(chunk.frames / 2 + 0.5)}
         if chunk.warp is not None:
-            rows |= {"warp": to_frames(chunk.warp.frames / 2 + 0.5), "mask": to_frames(chunk.warp.visible)}
+            frames, visible = chunk.warp.frames[:, :, -WINDOW:], chunk.warp.visible[:, :, -WINDOW:]  # 34 begin before
+            rows |= {"warp": to_frames(frames / 2 + 0.5), "mask": to_frames(visible)}
         for index in range(min(WINDOW, self.frames - self.count)):
             for name, frames in rows.items():
                 if name in self.videos:

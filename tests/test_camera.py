@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -365,6 +366,20 @@ def test_presets_join_and_chain():
     check("Presets", path[65, :3, 3], torch.tensor([6.0, 0, 20]), 1e-5)  # its right is the first view's depth
     check("Presets", path[98, :3, :3], torch.eye(3), 1e-6)
     assert (path[1:] - path[:-1]).abs().max() < 1  # no jumps between chunks
+
+
+def test_retime():
+    path = replace(CameraPath(move_path("forward 4")), fps=10.0)
+    assert camera.retime(path, None, None, False) == (path, 33, 10.0)
+    assert camera.retime(path, 50, 24.0, False) == (path, 50, 24.0)  # the last pose will hold
+    assert camera.retime(replace(path, fps=None), None, None, False)[2] == 16
+    for frames, fps, expected in ((None, 20.0, 65), (None, 5.0, 17), (20, 5.0, 20)):
+        timed, count, rate = camera.retime(path, frames, fps, True)
+        assert (len(timed.c2w), count, rate) == (expected, expected, fps)
+        assert torch.equal(timed.c2w[[0, -1]], path.c2w[[0, -1]])
+    for frames, fps in ((0, None), (None, 0.5), (None, 1000.0)):
+        with pytest.raises(ValueError, match="--frames 0" if frames == 0 else "--fps"):
+            camera.retime(path, frames, fps, False)
 
 
 def test_path_error_of_known_poses():

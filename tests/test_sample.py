@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import ExitStack
 
 import imageio.v2 as imageio
 import numpy as np
@@ -12,8 +13,9 @@ from safetensors.torch import load_file
 
 import goldens
 from goldens import DISTILLED, HELIOS, check
-from sample import main
-from wah import Rollout
+from render import Warp
+from sample import Job, Output, main
+from wah import Chunk, Rollout, load_options
 
 SIZE = 64, 128
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
@@ -125,6 +127,17 @@ def test_meters_and_resampling(place, capsys):
     assert sample("--image", "image.png", "--poses", "meter.json", "--depth", "depth.npy", "--frames", "3", "--resample") == 0
     out = capsys.readouterr().out
     assert "3 poses, 1 meters travelled" in out and "one unit of it is 1 of" in out and len(frames("out.mp4")) == 3
+
+
+def test_later_warps_are_written_in_step(tmp_path):
+    """A warp of 34 frames begins with the frame before the chunk, which the warp video leaves out."""
+    job = Job(load_options(DISTILLED), (64, 64), 33, 16, iter(()), {}, True, None, None, None)
+    levels = torch.arange(34.0).div(33).mul(2).sub(1).view(1, 1, 34, 1, 1).expand(1, 3, 34, 64, 64)
+    with ExitStack() as closing:
+        output = Output({"video": tmp_path / "v.mp4", "warp": tmp_path / "w.mp4"}, job, closing)
+        output.add(Chunk(torch.zeros(1, 3, 33, 64, 64), torch.zeros(1), Warp(levels, levels[:, :1] / 2 + 0.5)))
+    seen = frames(tmp_path / "w.mp4").mean((1, 2, 3))
+    assert abs(seen[0] - 255 / 33) < 4 and abs(seen[-1] - 255) < 4 and len(seen) == 33
 
 
 def test_contact_sheet_shows_the_frames(place):
@@ -244,6 +257,7 @@ LED = ["--image", "image.png", "--move", "forward 1"]
     (LED + ["--fov", "0"], ["--fov", "0"]),
     (["--image", "image.png", "--fov", "50"], ["--fov"]),
     (LED + ["--seed", "-1"], ["--seed"]),
+    (LED + ["--fps", "0"], ["--fps"]),
     (LED + ["--device", "abacus"], ["abacus"]),
     (LED + ["--geometry", "none.safetensors"], ["none.safetensors"]),
     (LED + ["--geometry", str(HELIOS / "lora_prefix.safetensors")], ["lora_prefix", "missing"]),
