@@ -63,12 +63,9 @@ def scale_translation(poses: Tensor, scale: float) -> Tensor:
     return poses
 
 
-def window(path: Tensor, chunk: int, length: int = WINDOW) -> Tensor:
-    """The entries (poses, intrinsics) of one chunk: `length` of them, in later chunks after the last one before; the
-    path's last entry is repeated where it is too short."""
-    start = length * chunk - min(chunk, 1)
-    index = torch.arange(start, length * (chunk + 1), device=path.device)
-    return path[index.clamp(max=len(path) - 1)]
+def hold(poses: Tensor, length: int = WINDOW) -> Tensor:
+    """The poses [T,4,4] of a chunk; the last one holds if there are fewer than `length`, as officially."""
+    return poses[torch.arange(length).clamp(max=len(poses) - 1)]
 
 
 def quaternion(rotation: Tensor) -> Tensor:

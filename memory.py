@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from camera import WINDOW, normalize, scale_translation
+from camera import hold, normalize, scale_translation
 from pi3x import Pi3X
 from render import (MIN_CONFIDENCE, PIXEL_LIMIT, Geometry, NoSurface, RenderSettings, Samples, Warp, collect,
                     ensure_valid, estimate, median_depth, quantize, render, render_samples, resize, surface_samples,
@@ -208,7 +208,7 @@ class Memory:
         33 frames at first; later 34, which begin with the latest picture, at the pose where the last warp ended.
         Raises ValueError if the latest picture has no surface.
         """
-        poses = poses[torch.arange(WINDOW).clamp(max=len(poses) - 1)]
+        poses = hold(poses)
         self.end = poses[-1]
         if self.pose is not None:
             poses = torch.cat([self.pose[None], poses])

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 import media
-from camera import WINDOW, normalize, scale_translation
+from camera import WINDOW, hold, normalize, scale_translation
 from checkpoint import Lora, load, network_dtype, read_json
 from flow import Schedule, Velocity, guide, load_schedule, sample
 from memory import Memory
@@ -151,7 +151,7 @@ class Camera:
 
     def warp(self, poses: Tensor) -> Warp:
         """The chunk's views from `poses` [33, 4, 4], camera-to-world; if there are fewer, the last one holds."""
-        poses = scale_translation(poses[torch.arange(WINDOW).clamp(max=len(poses) - 1)], self.unit)
+        poses = scale_translation(hold(poses), self.unit)
         if self.first is None:
             self.first = poses[:1]
             return render(self.geometry, normalize(poses, WINDOW), self.size)

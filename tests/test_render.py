@@ -16,7 +16,9 @@ import media
 import render
 from goldens import GEOMETRY, check, config, tensors
 from camera import CameraPath, load_path, move_path
+from pi3x import load_pi3x
 from render import Geometry, RenderSettings, render_frames
+from sample import pose_chunks
 
 FIELDS = ("point_map_world", "depth_map", "conf_map", "valid_mask", "intrinsic", "source_pose", "source_rgb_u8")
 
@@ -205,16 +207,22 @@ def test_pose_normalisation(poses):
             camera.homogeneous(torch.zeros(shape))
 
 
+def window(path, chunk):
+    """What sample.py feeds and the cameras make of it: 33 poses, after chunk 0 with the one before in front."""
+    chunks = [camera.hold(control["poses"]) for control in pose_chunks(path, 33 * (chunk + 1))]
+    return torch.cat([chunks[chunk - 1][-1:], chunks[chunk]]) if chunk else chunks[0]
+
+
 def test_windows(poses):
     path, expected = poses["auto/poses_in"], config(GEOMETRY / "poses.safetensors")
     for length, chunks in expected["windows_33"].items():
         for chunk, indices in enumerate(chunks):
-            assert camera.window(torch.arange(int(length)), chunk).tolist() == indices
+            assert window(torch.arange(int(length)), chunk).tolist() == indices
     for chunk in (1, 2):
-        check("Pose windows", camera.window(path, chunk), poses[f"auto/chunk{chunk}"], 0)
-    check("Pose windows", camera.window(path[:50], 1), poses["auto/short17_chunk1"], 0)
+        check("Pose windows", window(path, chunk), poses[f"auto/chunk{chunk}"], 0)
+    check("Pose windows", window(path[:50], 1), poses["auto/short17_chunk1"], 0)
     for chunk in range(3):
-        scaled = camera.scale_translation(camera.window(path, chunk), expected["effective_scale_used"])
+        scaled = camera.scale_translation(window(path, chunk), expected["effective_scale_used"])
         check("Poses", camera.normalize(scaled, len(scaled)), poses[f"auto/rollout{chunk}"], 1e-6)
 
 
@@ -489,6 +497,17 @@ def test_depth_and_field_of_view_are_cropped_with_the_picture():
     width = geometry.depth.shape[1]
     seen = 2 * math.degrees(math.atan(width / 2 / geometry.K[0, 0]))
     assert abs(seen - 2 * math.degrees(math.atan(0.5))) < 0.1  # half the width of 90 degrees
+
+
+def test_preview_by_pi3x(tmp_path, capsys):
+    weights = GEOMETRY / "pi3x_weights.safetensors"
+    assert run(tmp_path, "--move", "orbit 10", "--geometry", str(weights), "--frames", "3", "--resample", "--fps", "8") == 0
+    out = capsys.readouterr().out
+    assert f"Pi3X of {weights}" in out and "3 poses" in out and "3 frames" in out
+    assert media.load_video(tmp_path / "w.mp4").shape == (3, 64, 96, 3)
+    network, image = load_pi3x(weights), media.fit_image(media.load_image(tmp_path / "in.png"), (64, 96))
+    geometry = render.ensure_valid(render.estimate(network, [image])[0])
+    assert f"one unit of it is {0.1 * render.median_depth(geometry):.4g} of" in out
 
 
 def test_the_flag_beats_the_file(tmp_path, capsys):
