@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,6 +97,16 @@ def same(path, fov_x=FOV, fps=None):
         assert path.fov_x is None
     else:
         check("Pose files, field of view", path.fov_x, fov_x, 1e-5)
+
+
+@pytest.mark.parametrize("name, fov_x, fps", [
+    ("c2w.json", FOV, 24), ("w2c.json", FOV, None), ("transforms_nerfstudio.json", FOV, None), ("transforms_ngp.json", FOV, None),
+    ("nerfstudio_viewer.json", FOV, 24), ("hy_worldplay.json", FOV, None), ("official.npz", None, None), ("gen3c.npz", FOV, None),
+    ("vipe.npz", None, None), ("re10k.txt", FOV, None), ("tum.txt", None, None), ("kitti.txt", None, None), ("colmap", FOV, None),
+])
+def test_sample_files(name, fov_x, fps):
+    """The files in tests/paths, one of each format, hold the same path."""
+    same(load_path(Path(__file__).parent / "paths" / name), fov_x, fps)
 
 
 @pytest.mark.parametrize("name", JSON)
