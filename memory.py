@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from camera import hold, normalize, scale_translation
@@ -34,12 +33,12 @@ def smooth_focals(geometries: list[Geometry]) -> list[Geometry]:
     Kept for parity: the points stay, so that the latest keyframe seen from its own camera is not quite itself.
     """
     first = [max(abs(geometries[0].K[axis, axis].item()), 1e-6) for axis in (0, 1)]
-    result = []
+    smooth, result = None, []
     for geometry in geometries:
         height, width = geometry.depth.shape
         ratios = [abs(geometry.K[axis, axis].item()) / first[axis] for axis in (0, 1)]
         clamped = [min(max(ratio, 0.65), 1.35) * reference for ratio, reference in zip(ratios, first)]
-        smooth = [0.5 * new + 0.5 * old for new, old in zip(clamped, smooth)] if result else clamped
+        smooth = [0.5 * new + 0.5 * old for new, old in zip(clamped, smooth)] if smooth else clamped
         K = torch.tensor([[smooth[0], 0, (width - 1) / 2], [0, smooth[1], (height - 1) / 2], [0, 0, 1]])
         result.append(replace(geometry, K=K))
     return result

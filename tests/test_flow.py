@@ -214,7 +214,7 @@ def test_downsampled_noise():
      [5, 6], False)], ids=str)
 def test_sample_walks_the_stages(schedule, steps, amplify):
     noise = torch.randn(1, 4, 3, 8, 16, generator=torch.Generator().manual_seed(8))
-    log, shapes = [], []
+    log = []
 
     def velocity_for(stage, shape):
         log.append((stage, tuple(shape)))
