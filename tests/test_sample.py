@@ -1,7 +1,9 @@
 """sample.py as a user runs it: every way in, lengths, what is left behind, and bad input."""
 
+import gc
 import json
 import shutil
+import weakref
 from contextlib import ExitStack
 
 import imageio.v2 as imageio
@@ -13,9 +15,10 @@ from safetensors.torch import load_file
 
 import goldens
 from goldens import DISTILLED, HELIOS, check
+from pi3x import load_pi3x
 from render import Warp
 from sample import Job, Output, main
-from wah import Chunk, Rollout, load_options
+from wah import Chunk, Rollout, encode_prompts, load_options
 
 SIZE = 64, 128
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
@@ -112,13 +115,28 @@ def test_geometry_from_the_picture_alone(place, capsys):
     assert len(frames("out.mp4")) == len(frames("out_warp.mp4")) == 40
 
 
-def test_one_chunk_is_the_same_with_and_without_keyframes(place):
-    """Pi3X is let go before the transformer where no second estimate is needed, and nothing changes by that."""
-    made = []
-    for extra in ([], ["--check"]):
-        assert sample("--image", "image.png", "--move", "forward 1", "--save-latents", "x.safetensors", *PI3X, *extra) == 0
+def test_pi3x_makes_room_when_one_estimate_is_enough(place, monkeypatch):
+    """For one chunk it is let go before the other networks are loaded, for more it stays; the first chunk is the same."""
+    loaded, alive, made = [], [], []
+
+    def load(*arguments):
+        network = load_pi3x(*arguments)
+        loaded.append(weakref.ref(network))
+        return network
+
+    def encode(*arguments):
+        gc.collect()
+        alive.append(loaded[-1]() is not None)
+        return encode_prompts(*arguments)
+
+    monkeypatch.setattr("sample.load_pi3x", load)
+    monkeypatch.setattr("sample.encode_prompts", encode)
+    for count in ("33", "34"):
+        words = ["--image", "image.png", "--move", "forward 1, right 1", "--frames", count, "--save-latents", "x.safetensors"]
+        assert sample(*words, *PI3X) == 0
         made.append(load_file("x.safetensors")["latents"])
-    assert torch.equal(*made)
+    assert alive == [False, True]
+    assert made[0].shape[2] == 10 and torch.equal(made[0], made[1][:, :, :10])
 
 
 def test_meters_and_resampling(place, capsys):
