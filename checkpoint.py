@@ -8,6 +8,8 @@ whatever is missing, unexpected or mis-shaped is named. Nothing is ever unpickle
 """
 
 import json
+import math
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -119,6 +121,24 @@ def load(network: type[nn.Module], folder: str | Path, device: torch.device | st
 def network_dtype(device: torch.device | str) -> torch.dtype:
     """The one dtype policy: bf16 on CUDA (with the fp32 islands of each network), fp32 on the CPU."""
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def count_numbers(files: list[Path]) -> int:
+    """How many numbers safetensors files hold, by their headers."""
+    total = 0
+    for path in files:
+        with open_safetensors(path) as file:
+            total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
+    return total
+
+
+def free_memory(device: torch.device | str) -> int:
+    """Bytes that a device still has to give; 0 for the host where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ switched off (`keyframes=1`). Left out: target intrinsics, which the official co
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -177,10 +177,12 @@ def render_keyframes(geometries: list[Geometry], poses: Tensor,
 class Memory:
     """The camera of one rollout. For each chunk: `warp` along its poses, then `remember` the last frame made of it."""
 
-    def __init__(self, network: Pi3X, image: Tensor, size: tuple[int, int], settings: RenderSettings = RenderSettings(),
-                 keyframes: int | None = None, unit: float | None = None, limit: int = PIXEL_LIMIT):
+    def __init__(self, load: Callable[[], Pi3X], image: Tensor, size: tuple[int, int],
+                 settings: RenderSettings = RenderSettings(), keyframes: int | None = None, unit: float | None = None,
+                 limit: int = PIXEL_LIMIT):
         """Estimates the geometry of `image` [1,3,H,W] in [-1,1]. Warps have the video `size` (H, W).
 
+        load: gives the network, whenever it is needed, and may read it anew: nothing here holds on to it.
         keyframes: how many pictures are estimated together, the first and the latest ones. None is the official memory,
             which grows with every chunk; 1 is its "off", the latest picture alone, whose scale nothing aligns.
         unit: metres in a unit of the poses; officially a tenth of the image's median depth.
@@ -188,10 +190,10 @@ class Memory:
         """
         if keyframes is not None and keyframes < 1:
             raise ValueError(f"keyframes {keyframes}: expected at least 1, or None for all")
-        self.network, self.size, self.settings = network, size, settings
+        self.load, self.size, self.settings = load, size, settings
         self.keyframes, self.limit = keyframes, limit
-        self.images = [image.to(network.image_mean.device)]
-        self.reference = ensure_valid(estimate(network, self.images, limit)[0])
+        self.images = [image]
+        self.reference = ensure_valid(estimate(load(), self.images, limit)[0])
         self.unit = 0.1 * median_depth(self.reference) if unit is None else unit
         self.chunk = 0
         self.pose: Tensor | None = None  # of the latest picture
@@ -214,7 +216,7 @@ class Memory:
         poses = normalize(scale_translation(poses, self.unit), len(poses))
         if self.chunk == 0:
             return render(self.reference, poses, self.size, self.settings)
-        geometries = estimate(self.network, self.images, self.limit)
+        geometries = estimate(self.load(), self.images, self.limit)
         if self.keyframes == 1:
             return render(ensure_valid(geometries[0]), poses, self.size, self.settings)
         geometries = align_scale(smooth_focals(geometries), self.reference)

@@ -161,13 +161,14 @@ def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, i
 
 @torch.no_grad()
 def estimate(network: Pi3X, images: list[Tensor], limit: int = PIXEL_LIMIT) -> list[Geometry]:
-    """One joint run over `images`, each [1,3,H,W] in [-1,1] on the network's device -> a geometry each, in one world.
+    """One joint run over `images`, each [1,3,H,W] in [-1,1] -> a geometry each, in one world, on the network's device.
 
     The maps have at most `limit` pixels and the aspect of the latest image. `valid` may come out empty: `ensure_valid`
     is left to the caller, because the scale is aligned before it.
     """
     size = geometry_size(*images[-1].shape[-2:], limit)
     pictures = torch.cat([resize((image / 2 + 0.5).clamp(0, 1), size) for image in images])
+    pictures = pictures.to(network.image_mean.device)
     prediction = network(pictures[None])
     colors = rearrange(to_u8(pictures), "n c h w -> n h w c")
     intrinsics = focal_from_rays(prediction.local_points[0]).cpu()

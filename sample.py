@@ -15,9 +15,10 @@ import json
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from tqdm import tqdm
 
 import media
 from camera import WINDOW, CameraPath, describe, load_path, move_path, path_error, retime
-from checkpoint import Lora, load_lora, network_dtype
+from checkpoint import Lora, count_numbers, free_memory, load_lora, network_dtype, weight_files
 from flow import load_schedule
 from memory import Memory
 from pi3x import Pi3X, load_pi3x
@@ -100,6 +101,15 @@ def find_geometry(choice: Path | None, weights: Path) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
+def pi3x_source(file: Path, weights: Path, device: str, often: bool) -> Callable[[], Pi3X]:
+    """How a run gets Pi3X: read anew for each estimate, so that it makes room for the transformer, or kept beside it if it
+    is used often and both fit on the device, with a quarter more for what they compute."""
+    dtype = network_dtype(device)
+    load = partial(load_pi3x, file, device, dtype)
+    needed = count_numbers([file, *weight_files(weights / "transformer")]) * dtype.itemsize * 5 // 4
+    return cache(load) if often and free_memory(device) > needed else load
+
+
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
@@ -116,7 +126,7 @@ class Job:
     led: bool  # by a warp, rendered or given
     lora: Lora | None
     path: CameraPath | None
-    pi3x: Pi3X | None
+    pi3x: Callable[[], Pi3X] | None  # for the check
 
 
 def pose_chunks(c2w: Tensor, frames: int) -> Iterator[dict]:
@@ -198,14 +208,12 @@ def prepare(args: argparse.Namespace) -> Job:
         picture, unit = media.load_image(args.image), 1.0 if path.unit == "meter" else None
         pi3x_file = find_geometry(args.geometry, args.weights)
         if pi3x_file is not None and (args.depth is None or args.check):
-            pi3x = load_pi3x(pi3x_file, args.device, dtype)
+            pi3x = pi3x_source(pi3x_file, args.weights, args.device, often=args.depth is None and frames > WINDOW)
         elif args.check:
             raise ValueError("--check needs Pi3X: --geometry PATH")
         if args.depth is None and pi3x is not None:
             image, source = media.fit_image(picture, size).to(args.device), f"Pi3X of {pi3x_file}"
             camera = Memory(pi3x, image, size, keyframes=args.keyframes, unit=unit)
-            if frames <= WINDOW:  # one estimate is all that one chunk needs: the network makes room for the transformer
-                camera = Camera(camera.reference, size, unit)
         else:
             fov, depth = choose_fov(args.fov, path), None if args.depth is None else media.load_depth(args.depth)
             image, geometry = place(picture, depth, fov, size, args.device)
@@ -292,7 +300,7 @@ class Output:
 
 def check_camera(pi3x: Pi3X, kept: list[np.ndarray], path: CameraPath) -> dict:
     """The camera of every fourth frame, as Pi3X sees it, against the path that was asked for (`camera.path_error`)."""
-    frames = torch.from_numpy(np.stack(kept)).to(pi3x.image_mean.device)
+    frames = torch.from_numpy(np.stack(kept))
     images = [rearrange(frame, "h w c -> 1 c h w") / 127.5 - 1 for frame in frames]
     estimated = torch.stack([geometry.c2w for geometry in estimate(pi3x, images)])
     wanted = path.c2w[(torch.arange(len(kept)) * CHECK_STRIDE).clamp(max=len(path.c2w) - 1)]
@@ -351,7 +359,7 @@ def run(args: argparse.Namespace) -> None:
         if "latents" in files:
             files["latents"].write_bytes(save({"latents": torch.cat(latents, dim=2)}))
         if "check" in files:
-            error = check_camera(job.pi3x, output.kept, job.path)
+            error = check_camera(job.pi3x(), output.kept, job.path)
             files["check"].write_text(json.dumps(error, indent=1) + "\n")
             print("camera check: " + ", ".join(f"{name} {value:.4g}" for name, value in error.items()))
     print(f"wrote {output.count} frames:", *outputs.values())

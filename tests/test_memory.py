@@ -1,6 +1,7 @@
 """Keyframe memory against the official numbers, and the rules of a rollout: what is kept, where the camera stands."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -52,7 +53,7 @@ def network():
 def start(network, rollout, **options) -> Memory:
     scalars = config(ROLLOUT)
     image = (rollout["image_u8"] / 127.5 - 1).permute(2, 0, 1)[None]
-    return Memory(network, image, (scalars["height"], scalars["width"]), limit=scalars["pi3_pixel_limit"], **options)
+    return Memory(lambda: network, image, (scalars["height"], scalars["width"]), limit=scalars["pi3_pixel_limit"], **options)
 
 
 # ---- focal lengths and scale
@@ -291,7 +292,8 @@ def test_what_is_valid():
     local[..., 6, 0, 0] = torch.nan
     confidence[..., 7, 0], confidence[..., 7, 1] = -2.2, -2.19  # a probability of 0.0998, 0.1006
     prediction = Prediction(local, local, local, confidence, torch.eye(4).expand(1, 1, 4, 4), torch.ones(1))
-    (only,) = estimate(lambda images: prediction, [torch.full((1, 3, 48, 64), 100.6 / 127.5 - 1)], limit=2352)
+    network = Mock(return_value=prediction, image_mean=torch.zeros(1))
+    (only,) = estimate(network, [torch.full((1, 3, 48, 64), 100.6 / 127.5 - 1)], limit=2352)
     assert (~only.valid).nonzero().tolist() == [[5, 0], [5, 1], [5, 2], [5, 3], [6, 0], [7, 0]]
     assert (only.rgb == 101).all()
 

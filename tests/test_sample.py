@@ -18,7 +18,7 @@ from goldens import DISTILLED, HELIOS, check
 from pi3x import load_pi3x
 from render import Warp
 from sample import Job, Output, main
-from wah import Chunk, Rollout, encode_prompts, load_options
+from wah import Chunk, Rollout, load_models, load_options
 
 SIZE = 64, 128
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
@@ -115,8 +115,10 @@ def test_geometry_from_the_picture_alone(place, capsys):
     assert len(frames("out.mp4")) == len(frames("out_warp.mp4")) == 40
 
 
-def test_pi3x_makes_room_when_one_estimate_is_enough(place, monkeypatch):
-    """For one chunk it is let go before the other networks are loaded, for more it stays; the first chunk is the same."""
+@pytest.mark.parametrize("free, kept", [(2**60, True), (0, False)])
+def test_pi3x_makes_room_for_the_transformer(place, monkeypatch, free, kept):
+    """It is let go before the other networks are loaded and read again for each later chunk, unless all fit at once; one
+    chunk needs it once in any case. The video is the same."""
     loaded, alive, made = [], [], []
 
     def load(*arguments):
@@ -124,18 +126,24 @@ def test_pi3x_makes_room_when_one_estimate_is_enough(place, monkeypatch):
         loaded.append(weakref.ref(network))
         return network
 
-    def encode(*arguments):
-        gc.collect()
-        alive.append(loaded[-1]() is not None)
-        return encode_prompts(*arguments)
+    def noticing(function):
+        def wrapped(*arguments):
+            gc.collect()
+            alive.append(any(network() is not None for network in loaded))
+            return function(*arguments)
+        return wrapped
 
+    monkeypatch.setattr("sample.free_memory", lambda device: free)
     monkeypatch.setattr("sample.load_pi3x", load)
-    monkeypatch.setattr("sample.encode_prompts", encode)
-    for count in ("33", "34"):
-        words = ["--image", "image.png", "--move", "forward 1, right 1", "--frames", count, "--save-latents", "x.safetensors"]
-        assert sample(*words, *PI3X) == 0
+    monkeypatch.setattr("sample.load_models", noticing(load_models))
+    monkeypatch.setattr(Rollout, "finish", noticing(Rollout.finish))
+    for count, estimates in (("33", 1), ("99", 1 if kept else 3)):
+        loaded.clear()
+        words = ["--image", "image.png", "--move", "forward 1, right 1, up 1", "--frames", count]
+        assert sample(*words, "--save-latents", "x.safetensors", *PI3X) == 0
         made.append(load_file("x.safetensors")["latents"])
-    assert alive == [False, True]
+        assert len(loaded) == estimates
+    assert alive == [False] * 2 + [kept] * 4
     assert made[0].shape[2] == 10 and torch.equal(made[0], made[1][:, :, :10])
 
 

@@ -312,7 +312,7 @@ def pi3x():
 def test_keyframe_memory_leads_a_rollout(models, prompts, pi3x):
     """With Pi3X later warps have 34 frames, begin with the picture that was generated last, and differ with its content."""
     image, path = fit_image(picture(), SIZE), move_path("right 1, right 1")
-    rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=image, camera=Memory(pi3x, image, SIZE, limit=11760))
+    rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=image, camera=Memory(lambda: pi3x, image, SIZE, limit=11760))
     first, second = (rollout.next(poses=part) for part in path.split(33))
     assert [chunk.warp.frames.shape[2] for chunk in (first, second)] == [33, 34]
     start = torch.nn.functional.interpolate(first.frames[:, :, -1], size=(84, 140), mode="bilinear")
