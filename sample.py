@@ -36,7 +36,14 @@ from flow import load_schedule
 from memory import Memory
 from pi3x import Pi3X, load_pi3x
 from render import choose_fov, estimate, parse_size, place, run_program, to_u8
-from wah import Camera, Chunk, Options, Rollout, encode_prompts, load_models, load_options, make_warp, size_multiple
+from wah import Camera, Chunk, Options, Rollout, encode_prompts, load_models, load_options, make_warp, native_size, size_multiple
+
+
+def default_weights() -> Path:
+    """The released model if it has been downloaded, else the miniature that comes with the code."""
+    root = Path(__file__).parent / "weights"
+    released = root / "Helios-Distilled"
+    return released if released.is_dir() else root / "mini"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -54,13 +61,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--depth", type=Path, help="depth map of the picture instead: npy, npz or 16-bit png")
     parser.add_argument("--fov", type=float, help="the picture's horizontal degrees (default: the path file's, or 55)")
     parser.add_argument("--prompt", default="", help="what the video shows")
-    parser.add_argument("--weights", type=Path, default=Path("weights/Helios-Distilled"), help="folder in the official layout")
+    parser.add_argument("--weights", type=Path, default=default_weights(), help="folder in the official layout (default:"
+                        " weights/Helios-Distilled if it is there, else the miniature, weights/mini)")
     parser.add_argument("--lora", default="auto", help='LoRA file, "off", or "auto": the one beside the weights if any')
     parser.add_argument("--out", type=Path, default=Path("out.mp4"))
     parser.add_argument("--frames", type=int, help="length of the video (default: that of the path or warp, or 33)")
     parser.add_argument("--fps", type=float, help="frame rate of the video (default: the path file's, or 16)")
     parser.add_argument("--resample", action="store_true", help="stretch or squeeze the path to --frames or --fps instead")
-    parser.add_argument("--size", default="384x640", help="HEIGHTxWIDTH, multiples of 64")
+    parser.add_argument("--size", help="HEIGHTxWIDTH, multiples of 64, of 16 for one-stage models (default: 384x640,"
+                        " of the miniature 64x96)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ablate", default="", help="comma-separated: no-align, no-drop, no-noise;"
                                                       " no-lag puts the masks of later Pi3X chunks in step")
@@ -192,9 +201,10 @@ def prepare(args: argparse.Namespace) -> Job:
     """Read and check all inputs but the networks; raises ValueError or OSError with one line."""
     check(args)
     schedule, options = load_schedule(args.weights), parse_ablation(args.ablate, load_options(args.weights))
-    size, multiple = parse_size(args.size), size_multiple(schedule)
+    size = native_size(args.weights) if args.size is None else parse_size(args.size)
+    multiple = size_multiple(schedule)
     if any(side % multiple for side in size):
-        raise ValueError(f"--size {args.size}: height and width must be multiples of {multiple}")
+        raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
     path = None if args.poses is None else load_path(args.poses)
     path = path if args.move is None else CameraPath(move_path(args.move))
     led = path is not None or args.warp is not None

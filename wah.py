@@ -71,7 +71,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Embeddings [1, 512, text_dim]."""
+    """Embeddings [1, 512, text_dim] (fewer rows if the model was made for fewer)."""
 
     plain: Tensor
     trigger: Tensor | None = None  # for the LoRA's stage
@@ -79,12 +79,19 @@ class Prompts:
 
 
 def load_options(weights: Path) -> Options:
-    """The official settings of the kind of checkpoint that model_index.json describes."""
+    """The official settings of the kind of checkpoint that model_index.json describes; a small model's may also say
+    `num_inference_steps` (a stage), `guidance_scale`, `max_sequence_length` (of the prompt), `height` and `width`."""
     index, stages = read_json(weights / "model_index.json"), load_schedule(weights).stages
-    if index.get("is_distilled", False):
-        return Options(steps=(2,) * stages)
-    zero_star = index.get("is_cfg_zero_star", False)
-    return Options(steps=(20,) * stages if stages > 1 else (50,), guidance=5.0, zero_star=zero_star)
+    distilled = index.get("is_distilled", False)
+    steps = index.get("num_inference_steps", 2 if distilled else 20 if stages > 1 else 50)
+    return Options(steps=(steps,) * stages, guidance=index.get("guidance_scale", 1.0 if distilled else 5.0),
+                   zero_star=not distilled and index.get("is_cfg_zero_star", False))
+
+
+def native_size(weights: Path) -> tuple[int, int]:
+    """Height and width that a model was made for."""
+    index = read_json(weights / "model_index.json")
+    return index.get("height", 384), index.get("width", 640)
 
 
 def load_models(weights: Path, device: torch.device | str) -> Models:
@@ -100,9 +107,10 @@ def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device:
     tokenizer = Tokenizer(weights / "tokenizer")
     encoder = load(UMT5Encoder, weights / "text_encoder", device, network_dtype(device))
     triggered = prompt if prompt.lstrip().startswith(TRIGGER) else f"{TRIGGER} {prompt}"
-    return Prompts(encode_prompt(tokenizer, encoder, prompt),
-                   encode_prompt(tokenizer, encoder, triggered) if lora else None,
-                   encode_prompt(tokenizer, encoder, negative) if guided else None)
+    rows = read_json(weights / "model_index.json").get("max_sequence_length", 512)
+    return Prompts(encode_prompt(tokenizer, encoder, prompt, rows),
+                   encode_prompt(tokenizer, encoder, triggered, rows) if lora else None,
+                   encode_prompt(tokenizer, encoder, negative, rows) if guided else None)
 
 
 def size_multiple(schedule: Schedule) -> int:
@@ -131,6 +139,15 @@ def mask_latents(visible: Tensor, frames: int = CHUNK) -> Tensor:
     index = torch.arange(0, 4 * frames, 4, device=visible.device).clamp(max=visible.shape[2] - 1)
     height, width = visible.shape[3:]
     return resize_volume(visible[:, :, index], torch.Size((frames, height // 8, width // 8))).clamp(0, 1)
+
+
+def add_noise(latents: Tensor, sigma: tuple[float, float], generator: torch.Generator, each_frame: bool) -> Tensor:
+    """Latents [B, C, T, h, w] with a share of noise drawn from the range `sigma`, one for all frames or one each."""
+    low, high = sigma
+    share = torch.rand(latents.shape[2] if each_frame else 1, generator=generator) * (high - low) + low
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    share = share.to(latents.device).view(1, 1, -1, 1, 1)
+    return share * noise + (1 - share) * latents
 
 
 class Camera:
@@ -221,11 +238,7 @@ class Rollout:
         return torch.randn(1, 16, frames, *self.latent_size, generator=self.generator).to(self.device)
 
     def noised(self, latents: Tensor, sigma: tuple[float, float], each_frame: bool = False) -> Tensor:
-        """Latents [1, 16, T, h, w] with a share of noise drawn from the range `sigma`, one for all frames or one each."""
-        low, high = sigma
-        share = torch.rand(latents.shape[2] if each_frame else 1, generator=self.generator) * (high - low) + low
-        share = share.to(self.device).view(1, 1, -1, 1, 1)
-        return share * self.normal(latents.shape[2]) + (1 - share) * latents
+        return add_noise(latents, sigma, self.generator, each_frame)
 
     def encode(self, video: Tensor) -> Tensor:
         """Normalised posterior sample of a video [1, 3, 1 + 4k, H, W]: [1, 16, 1 + k, h, w]."""

@@ -1,6 +1,8 @@
 """The method and the rollout against the official runs: latents, frames, histories and the order of random draws."""
 
 import gc
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +19,7 @@ from media import fit_image
 from memory import Memory
 from pi3x import load_pi3x
 from render import Warp, geometry_from_depth, pinhole, render
-from wah import Camera, Options, Rollout, encode_prompts, load_models, load_options, make_warp, mask_latents
+from wah import Camera, Options, Rollout, encode_prompts, load_models, load_options, make_warp, mask_latents, native_size
 
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
 HISTORIES = goldens.tensors(HELIOS / "pipeline_histories.safetensors")
@@ -253,6 +255,20 @@ def test_mask_lag_is_an_option(models, prompts):
         rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), options=Options(mask_lag=lag))
         _, latents = rollout.warp_latents(Warp(torch.zeros(1, 3, 34, *SIZE), visible))
         torch.testing.assert_close(latents[0, 0, :, 0, 0], torch.arange(first, 33 + first, 4).div(34))
+
+
+def test_a_model_may_bring_its_own_defaults(tmp_path):
+    """The released files say nothing of steps, guidance, prompt length and size; a small model's model_index.json may."""
+    shutil.copytree(DISTILLED, tmp_path / "small")
+    assert load_options(tmp_path / "small") == Options() and native_size(tmp_path / "small") == (384, 640)
+    index = json.loads((DISTILLED / "model_index.json").read_text())
+    own = {"num_inference_steps": 5, "guidance_scale": 1.5, "max_sequence_length": 40, "height": 64, "width": 128}
+    (tmp_path / "small" / "model_index.json").write_text(json.dumps(index | own))
+    assert load_options(tmp_path / "small") == Options(steps=(5, 5, 5), guidance=1.5)
+    assert native_size(tmp_path / "small") == (64, 128)
+    plain = encode_prompts(tmp_path / "small", "a red car", False, False, "cpu").plain
+    assert plain.shape[1] == 40
+    torch.testing.assert_close(plain, encode_prompts(DISTILLED, "a red car", False, False, "cpu").plain[:, :40], rtol=0, atol=0)
 
 
 def test_memory_of_a_rollout_is_bounded(models, prompts):

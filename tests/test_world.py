@@ -1,0 +1,254 @@
+"""The miniature's world: determinism, cameras, exact depth, captions, and agreement with the repository's renderer."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+from einops import rearrange
+
+import camera
+import media
+import render as splat
+from goldens import check
+from mini import world
+
+DATA = Path(__file__).parent.parent / "data"
+SIZE = (64, 96)
+SEEDS = range(300, 308)  # rooms and squares, some with moving things
+VOCABULARY = {
+    *world.COLORS, *filter(None, world.TONES), *filter(None, world.PATTERNS), "a", "an", "and", "ball", "between",
+    "bounces", "box", "circle", "floor", "fro", "goes", "ground", "houses", "in", "room", "slides", "square", "the",
+    "to", "turns", "with", "red", "toy", "car", "drives", "round", "roundabout", "trees",
+}  # fmt: skip
+
+
+def scene_and_path(seed: int, frames: int) -> tuple[world.Scene, torch.Tensor]:
+    rng = Random(seed)
+    scene = world.make_scene(rng)
+    return scene, world.make_path(scene, rng, frames)
+
+
+def first_seed(wanted, start: int = 0) -> int:
+    return next(seed for seed in range(start, start + 200) if wanted(world.make_scene(Random(seed))))
+
+
+def moving(scene: world.Scene) -> bool:
+    return any(solid.motion is not None for solid in scene.solids)
+
+
+def frozen(scene: world.Scene) -> world.Scene:
+    return replace(scene, solids=tuple(replace(solid, motion=None) for solid in scene.solids))
+
+
+def surface_distance(scene: world.Scene, points: torch.Tensor) -> torch.Tensor:
+    """Meters [N] from points [N,3] to the nearest surface of a scene in which nothing moves, from either side."""
+    width, height, depth = scene.extent
+    x, y, z = points.double().unbind(-1)
+    nearest = torch.minimum(y.abs(), torch.full_like(y, math.inf))
+    if scene.room:
+        nearest = torch.stack([nearest, (y + height).abs(), (x.abs() - width).abs(), (z.abs() - depth).abs()]).amin(0)
+    for solid in scene.solids:
+        cos, sin = math.cos(solid.yaw), math.sin(solid.yaw)
+        axes = torch.tensor([[cos, 0, sin], [0, 1, 0], [-sin, 0, cos]], dtype=torch.float64)
+        local = (points.double() - torch.tensor(solid.center, dtype=torch.float64)) @ axes
+        if solid.shape == "ball":
+            away = local.norm(dim=-1) - solid.half[0]
+        else:
+            gap = local.abs() - torch.tensor(solid.half)
+            away = gap.clamp(min=0).norm(dim=-1) + gap.amax(-1).clamp(max=0)
+        nearest = torch.minimum(nearest, away.abs())
+    return nearest
+
+
+def test_a_seed_is_one_clip():
+    first, again, other = (world.make_clip(seed, 9, (32, 48)) for seed in (5, 5, 6))
+    for name in ("frames", "depth", "c2w", "K"):
+        assert torch.equal(getattr(first, name), getattr(again, name)), name
+    assert first.caption == again.caption != other.caption
+    assert not torch.equal(first.c2w, other.c2w) and not torch.equal(first.frames, other.frames)
+    assert first.frames.shape == (9, 32, 48, 3) and first.frames.dtype == torch.uint8
+    assert first.depth.shape == (9, 32, 48) and first.depth.dtype == first.c2w.dtype == first.K.dtype == torch.float32
+
+
+def test_intrinsics():
+    views = []
+    for seed in SEEDS:
+        K = world.make_clip(seed, 1, (8, 12)).K
+        assert K[0, 0] == K[1, 1] and K[:2, 2].tolist() == [5.5, 3.5]
+        views.append(camera.field_of_view(12, K[0, 0].item(), "K"))
+    assert 50 <= min(views) < max(views) - 5 and max(views) <= 80
+
+
+@pytest.mark.parametrize("frames", [66, 99, 132])
+def test_paths_are_smooth_and_keep_away(frames):
+    lengths = []
+    for seed in range(frames, frames + 8):
+        scene, c2w = scene_and_path(seed, frames)
+        assert c2w.shape == (frames, 4, 4)
+        camera.check_poses(c2w, "c2w", f"seed {seed}")  # orthonormal
+        steps = c2w.diff(dim=0)
+        assert steps[:, :3, 3].norm(dim=-1).max() < 0.35, seed  # meters a frame
+        assert steps.diff(dim=0)[:, :3].abs().max() < 0.06, seed  # no jerks, neither of position nor of direction
+        assert world.clearance(scene, c2w[:, :3, 3]).min() >= world.CLEARANCE
+        lengths.append(steps.norm())
+    assert max(lengths) > 3 * min(lengths)  # slow ones and fast ones
+
+
+def test_nothing_is_nearer_than_the_clearance():
+    for seed in SEEDS:
+        clip = world.make_clip(seed, 40, (24, 36))
+        rows, columns = torch.meshgrid(torch.arange(24.0), torch.arange(36.0), indexing="ij")
+        x, y = (columns - clip.K[0, 2]) / clip.K[0, 0], (rows - clip.K[1, 2]) / clip.K[1, 1]
+        assert (clip.depth * (x**2 + y**2 + 1).sqrt()).min() > world.CLEARANCE - 1e-3, seed
+
+
+def test_no_frame_is_all_wall():
+    for seed in range(40):
+        scene, c2w = scene_and_path(seed, 33)
+        _, depth = world.render(scene, c2w[::8], splat.pinhole(60, 16, 24), (16, 24), samples=1)
+        assert depth.flatten(1).median(-1).values.min() > 1.6, seed
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_depth_is_exact(seed):
+    scene, c2w = scene_and_path(seed, 20)
+    scene, K = frozen(scene), splat.pinhole(65, *SIZE)
+    _, depth = world.render(scene, c2w[::10], K, SIZE)
+    for pose, z in zip(c2w[::10], depth):
+        near = z < 30
+        points = splat.unproject(torch.where(near, z, 1), K, pose)[near]
+        away = surface_distance(scene, points)
+        check("World depth: meters off the surfaces", away, torch.zeros_like(away), 1e-3)
+
+
+def test_sky():
+    for seed, room in ((first_seed(lambda scene: scene.room), True), (first_seed(lambda scene: not scene.room), False)):
+        scene, c2w = scene_and_path(seed, 4)
+        K = splat.pinhole(60, *SIZE)
+        _, depth = world.render(replace(scene, solids=scene.solids[:1]), c2w, K, SIZE)
+        down = splat.unproject(torch.ones(SIZE), K, c2w[0])[..., 1] - c2w[0, 1, 3]  # the rays' y
+        sky = depth[0].isinf()
+        assert sky.any() == (not room) and not (sky & (down > 1e-5)).any()
+
+
+def test_only_what_can_be_seen_is_drawn(monkeypatch):
+    for seed in SEEDS:
+        scene, c2w = scene_and_path(seed, 33)
+        K = splat.pinhole(75, 32, 48)
+        frames, depth = world.render(scene, c2w[::8], K, (32, 48))
+        with monkeypatch.context() as patch:
+            whole = lambda places, *_: [[[0, 32, 0, 48]] * places.shape[1]] * len(places)
+            patch.setattr(world, "screen_boxes", whole)
+            all_frames, all_depth = world.render(scene, c2w[::8], K, (32, 48))
+        assert torch.equal(depth, all_depth), seed
+        assert (frames.int() - all_frames.int()).abs().max() <= 1, seed
+
+
+@pytest.mark.parametrize("kind", ["slide", "bounce", "circle", "turn"])
+def test_things_move(kind):
+    wanted = lambda scene: kind in [solid.motion.kind for solid in scene.solids if solid.motion is not None]
+    scene = world.make_scene(Random(first_seed(wanted)))
+    times = torch.arange(132, dtype=torch.float64)
+    for solid in scene.solids:
+        place = world.placed(solid, times)
+        if solid.motion is None:
+            assert torch.equal(place, place[:1].expand_as(place))
+            continue
+        assert place.diff(dim=0).norm() > 0.1
+        if solid.motion.kind == "circle":
+            away = (place[:, [0, 2]] - torch.tensor(solid.motion.axis)).norm(dim=-1)
+            assert away.max() - away.min() < 1e-6 and away.min() > 0.4
+        turned = place[:, 3].max() - place[:, 3].min()
+        assert (turned > 1) == (solid.motion.kind in ("circle", "turn"))
+        assert place[:, 1].max() <= -solid.half[1] + 1e-6  # never in the ground
+    words = {"slide": "slides to and fro", "bounce": "bounces", "circle": "goes in a circle", "turn": "turns"}
+    assert words[kind] in world.caption(scene)
+
+
+def test_motion_is_seen():
+    scene = world.make_scene(Random(first_seed(moving)))
+    thing = next(solid for solid in scene.solids if solid.motion is not None)
+    scene = replace(scene, solids=(replace(thing, motion=world.Motion("slide", 60, (0.5, 0.0, 0.0))),))
+    x, _, z = thing.center
+    yaw = torch.full((16,), math.atan2(x, z), dtype=torch.float64)  # from the middle outwards
+    c2w, K = world.poses(torch.zeros(16, 3, dtype=torch.float64), yaw, 0 * yaw, 0 * yaw), splat.pinhole(75, *SIZE)
+    c2w[:, :3, 3] = torch.tensor(thing.center) - 2.5 * c2w[:, :3, 2]
+    moved, stood = (world.render(each, c2w, K, SIZE)[0].int() for each in (scene, frozen(scene)))
+    assert torch.equal(stood, stood[:1].expand_as(stood))
+    assert torch.equal(moved[0], stood[0]) and (moved[15] - stood[15]).abs().max() > 20
+
+
+def test_captions():
+    said = set()
+    for seed in range(300):
+        scene = world.make_scene(Random(seed))
+        words = world.caption(scene)
+        said |= set(words.replace(",", "").replace(";", "").split())
+        assert (";" in words) == moving(scene) and words.startswith("a" if "room" in words else "a square")
+    assert said <= VOCABULARY and len(VOCABULARY) < 120
+    assert len(said) > 30
+
+
+def test_moves_about_a_fifth_and_rooms_and_squares():
+    scenes = [world.make_scene(Random(seed)) for seed in range(400)]
+    assert 0.12 < sum(map(moving, scenes)) / 400 < 0.3 and 0.5 < sum(scene.room for scene in scenes) / 400 < 0.7
+
+
+def test_agrees_with_the_splat_renderer():
+    """The first frame, splatted into a later camera by `render.py`, is what the world shows there."""
+    for seed in (304, 315, 319):
+        scene, c2w = scene_and_path(seed, 17)
+        K = splat.pinhole(60, *SIZE)
+        frames, depth = world.render(frozen(scene), c2w, K, SIZE)
+        images = rearrange(frames / 127.5 - 1, "t h w c -> t c h w")
+        geometry = splat.geometry_from_depth(images[:1], depth[0], K)
+        poses = camera.normalize(c2w, len(c2w))[[0, -1]]
+        warp = splat.render(geometry, poses, SIZE, splat.RenderSettings(samples=2))
+        seen = warp.visible[0, 0, 1] > 0.99
+        moved, same = (((view - images[-1])[:, seen] / 2).square().mean() for view in (warp.frames[0, :, 1], images[0]))
+        assert 0.3 < seen.float().mean() < 1
+        assert -10 * moved.log10() > 30 and moved < same / 20, seed
+
+
+def test_colours_are_centred_on_their_pixels():
+    plain = world.Texture("", (0.0,) * 10 + (1.0, 0.0, 0.0) + (0.0,) * 3)
+    ball = world.Solid("ball", (0.0, -2.0, 3.0), (0.8,) * 3, 0.0, plain)
+    scene = world.make_scene(Random(first_seed(lambda scene: not scene.room)))
+    scene = replace(scene, sun=(0.0, 0.0, -1.0), solids=(ball,))
+    c2w = torch.eye(4)[None].clone()
+    c2w[0, 1, 3] = -2.0
+    frames, depth = world.render(scene, c2w, splat.pinhole(60, 48, 64), (48, 64))
+    red = torch.where(depth[0] < 3, frames[0, ..., 0].int(), 0)
+    assert torch.equal(red > 0, (red > 0).flip(0)) and (red > 0).any()
+    assert (red - red.flip(1)).abs().max() < 8  # the patterned ground at the edge
+
+
+def test_car_roundabout():
+    clip = world.car_roundabout(25, (48, 72))
+    assert clip.frames.shape == (25, 48, 72, 3) and clip.depth[0].isinf().any()
+    assert set(clip.caption.split()) <= VOCABULARY
+    camera.check_poses(clip.c2w, "c2w", "roundabout")
+    places = []
+    for frame, depth, pose in zip(clip.frames[::12], clip.depth[::12], clip.c2w[::12]):
+        red = (frame[..., 0] > 150) & (frame[..., 1] < 90) & (frame[..., 2] < 90)
+        assert 10 < red.sum() < 1500
+        places.append(splat.unproject(depth, clip.K, pose)[red].median(0).values)
+    track = torch.stack(places)
+    assert (track[:, [0, 2]].norm(dim=-1) - 6).abs().max() < 1  # meters from the middle: on its lane
+    assert track.diff(dim=0).norm(dim=-1).min() > 2
+
+
+def test_demo_files():
+    video = media.load_video(DATA / "car-roundabout.mp4")
+    assert video.shape == (99, 192, 288, 3)
+    for name, (seed, move) in world.STILLS.items():
+        path = camera.load_path(DATA / f"{name}.json")
+        check("World demo paths", path.c2w, camera.move_path(move), 2e-6)
+        depth, picture = media.load_depth(DATA / f"{name}_depth.png"), media.load_image(DATA / f"{name}.png")
+        assert depth.shape == (256, 384) == picture.size[::-1]
+    scene, c2w = scene_and_path(seed, 66)
+    _, expected = world.render(scene, c2w[:1], splat.pinhole(path.fov_x, 256, 384), (256, 384), samples=1)
+    assert (depth / 1000 - expected[0]).abs().quantile(0.99) < 1e-3  # millimeters; but for edges on other machines
