@@ -1,10 +1,11 @@
-"""Pyramid flow matching as Helios samples it: stage tables, timesteps, the three samplers and the loop over stages.
+"""Pyramid flow matching as Helios samples and trains it: stages, the three samplers and their loop, training pairs.
 
 A chunk starts as noise on the coarsest grid; each stage integrates one segment of the flow, and the next continues at
 twice the size after noise that is anti-correlated within 2x2 blocks has undone the correlation that upsampling left
 (Pyramidal Flow Matching, arXiv 2410.05954). Samplers: DMD few-step (the distilled model), Euler, UniPC (2302.04867);
-guidance plain or CFG-Zero* (2503.18886). Reproduces the official HeliosScheduler and HeliosDMDScheduler without their
-state; schedule numbers are float64, latents float32. Left out: other predictions and solvers, unused timestep grids.
+guidance plain or CFG-Zero* (2503.18886). A training pair is a point of one stage's segment and the velocity along it.
+Reproduces the official HeliosScheduler and HeliosDMDScheduler without their state, and the flow-matching items of the
+official trainer; schedule numbers are float64, latents float32. Left out: other predictions, solvers, loss weights.
 """
 
 import math
@@ -115,6 +116,10 @@ def shift_mu(shape: torch.Size) -> float:
     return 0.5 + (1.15 - 0.5) / (4096 - 256) * (math.prod(shape[2:]) / 4 - 256)  # a token is 1x2x2 latents
 
 
+def shift_sigmas(sigmas: Tensor, weight: float) -> Tensor:
+    return weight * sigmas / (weight * sigmas + 1 - sigmas)
+
+
 def timesteps(schedule: Schedule, stage: int, steps: int, mu: float, amplify: bool = False) -> tuple[list, list]:
     """The stage's timesteps, untruncated, and local sigmas with a final 0. `amplify` doubles the steps of dmd only."""
     n, dmd_steps = schedule.num_train_timesteps, schedule.sampler == "dmd"
@@ -130,8 +135,7 @@ def timesteps(schedule: Schedule, stage: int, steps: int, mu: float, amplify: bo
         sigmas = torch.linspace(*table.sigmas[[0, -1]].tolist(), points, dtype=torch.float64)[:steps]
         times = torch.linspace(high, low, points, dtype=torch.float64)[:steps]
     if schedule.use_dynamic_shifting:
-        weight = mu if schedule.time_shift_type == "linear" else math.exp(mu)
-        sigmas = weight * sigmas / (weight * sigmas + 1 - sigmas)
+        sigmas = shift_sigmas(sigmas, mu if schedule.time_shift_type == "linear" else math.exp(mu))
         times = low + sigmas * (high - low)
     return times.tolist(), [*sigmas.tolist(), 0.0]
 
@@ -190,14 +194,24 @@ def _unipc_weights(nodes: list[float], h: float, solver_type: str) -> list[float
     return torch.linalg.solve(powers, torch.tensor(b, dtype=torch.float64)).tolist()
 
 
-def downsample_noise(noise: Tensor, times: int) -> Tensor:
-    """[B, C, T, h, w] halved `times` times, bilinear per frame and times 2, so that white noise keeps its variance."""
-    if any(side % 2**times for side in noise.shape[-2:]):
-        raise ValueError(f"noise is {list(noise.shape)}, expected height and width to be multiples of {2**times}")
-    frames = rearrange(noise, "b c t h w -> (b t) c h w")
+def halve(x: Tensor, times: int) -> Tensor:
+    """[B, C, T, h, w] halved `times` times, bilinear per frame."""
+    if any(side % 2**times for side in x.shape[-2:]):
+        raise ValueError(f"latents are {list(x.shape)}, expected height and width to be multiples of {2**times}")
+    frames = rearrange(x, "b c t h w -> (b t) c h w")
     for _ in range(times):
-        frames = 2 * F.interpolate(frames, scale_factor=0.5, mode="bilinear")
-    return rearrange(frames, "(b t) c h w -> b c t h w", b=len(noise))
+        frames = F.interpolate(frames, scale_factor=0.5, mode="bilinear")
+    return rearrange(frames, "(b t) c h w -> b c t h w", b=len(x))
+
+
+def double(x: Tensor) -> Tensor:
+    """[B, C, T, h, w] -> [B, C, T, 2h, 2w], nearest."""
+    return repeat(x, "b c t h w -> b c t (h 2) (w 2)")
+
+
+def downsample_noise(noise: Tensor, times: int) -> Tensor:
+    """[B, C, T, h, w] halved `times` times, and times 2 each, so that white noise keeps its variance."""
+    return 2**times * halve(noise, times)
 
 
 def block_noise(shape: torch.Size, gamma: float, generator: torch.Generator, device: torch.device) -> Tensor:
@@ -213,7 +227,7 @@ def block_noise(shape: torch.Size, gamma: float, generator: torch.Generator, dev
 def renoise(x: Tensor, schedule: Schedule, stage: int, generator: torch.Generator) -> Tensor:
     """The end of `stage` - 1, [B, C, T, h, w], to the start of `stage`, [B, C, T, 2h, 2w]."""
     table = stage_tables(schedule)[stage]
-    x = repeat(x, "b c t h w -> b c t (h 2) (w 2)")  # nearest
+    x = double(x)
     return table.alpha * x + table.beta * block_noise(x.shape, schedule.gamma, generator, x.device)
 
 
@@ -246,3 +260,62 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, zero_star: bool) -> Tensor
         fit = (c * u).sum(1) / (u.square().sum(1) + 1e-8)
         uncond = rearrange(fit, "b -> b 1 1 1 1") * uncond
     return uncond + scale * (cond - uncond)
+
+
+# ----------------------------------------------------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Item:
+    """A training pair: from `latents` at `timestep` the network is to predict `target`."""
+    latents: Tensor  # [B, C, T, h, w] at the stage's size: sigma start + (1 - sigma) end
+    target: Tensor  # [B, C, T, h, w] velocity, start - end
+    timestep: Tensor  # [B] what the network is told, fractional
+    sigma: Tensor  # [B] float32 on the stage's own clock
+
+
+Levels = Callable[[Tensor, Schedule, int, torch.Size], tuple[Tensor, Tensor]]  # u [B], schedule, stage, latents' shape
+
+
+def table_levels(u: Tensor, schedule: Schedule, stage: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Timesteps and sigmas [B] for u in 0..1, which counts from the noisy end: entries of the stage's table, so u = 0
+    is its first. How u is distributed is the caller's: uniform, or logit-normal (`torch.randn(...).sigmoid()`)."""
+    table, n = stage_tables(schedule)[stage], schedule.num_train_timesteps
+    index = (u * n).long().clamp(max=n - 1)
+    return table.timesteps[index], table.sigmas[index].float()
+
+
+def shifted_levels(u: Tensor, schedule: Schedule, stage: int, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """`table_levels` with dynamic shifting: more noise for more tokens. Kept for parity: at most sevenfold, unlike in
+    sampling, if it is exponential."""
+    times, sigmas = table_levels(u, schedule, stage, shape)
+    mu = shift_mu(shape)
+    sigmas = shift_sigmas(sigmas, mu if schedule.time_shift_type == "linear" else math.exp(min(mu, math.log(7))))
+    high, low = stage_tables(schedule)[stage].timesteps[[0, -1]].tolist()
+    return low + sigmas * (high - low), sigmas
+
+
+def interval_levels(u: Tensor, schedule: Schedule, stage: int, shape: torch.Size, steps: int) -> tuple[Tensor, Tensor]:
+    """Between the first (u = 0) and the second of the `steps` points that a sampler visits."""
+    points = timesteps(schedule, stage, steps, shift_mu(shape))
+    if len(points[0]) < 2:
+        raise ValueError(f"{steps} steps at stage {stage}: expected at least 2, to train between first and second")
+    times, sigmas = (first + u * (second - first) for first, second, *_ in points)
+    return times, sigmas
+
+
+def endpoints(clean: Tensor, noise: Tensor, schedule: Schedule, stage: int) -> tuple[Tensor, Tensor]:
+    """Where a stage's segment of the flow starts and ends, [B, C, T, h, w], given full-size clean latents and noise."""
+    table, later = stage_tables(schedule)[stage], schedule.stages - 1 - stage
+    noise, end = downsample_noise(noise, later), halve(clean, later)
+    start = noise if stage == 0 else table.start * noise + (1 - table.start) * double(halve(end, 1))
+    return start, end if later == 0 else table.end * noise + (1 - table.end) * end
+
+
+def training_item(clean: Tensor, noise: Tensor, u: Tensor, schedule: Schedule, stage: int,
+                  levels: Levels = table_levels) -> Item:
+    """What to train on at `stage`; full-size `clean` latents and `noise` are [B, C, T, h, w], `u` is [B] on the CPU."""
+    start, end = endpoints(clean, noise, schedule, stage)
+    timestep, sigma = (level.to(clean.device) for level in levels(u, schedule, stage, start.shape))
+    share = rearrange(sigma, "b -> b 1 1 1 1")
+    return Item(share * start + (1 - share) * end, start - end, timestep, sigma)

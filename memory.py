@@ -17,7 +17,7 @@ from torch import Tensor
 
 from camera import hold, normalize, scale_translation
 from pi3x import Pi3X
-from render import (MIN_CONFIDENCE, PIXEL_LIMIT, Geometry, NoSurface, RenderSettings, Samples, Warp, collect,
+from render import (MIN_CONFIDENCE, Geometry, NoSurface, RenderSettings, Samples, Warp, collect,
                     ensure_valid, estimate, median_depth, quantize, render, render_samples, resize, surface_samples,
                     transform, unproject)
 
@@ -179,14 +179,14 @@ class Memory:
 
     def __init__(self, load: Callable[[], Pi3X], image: Tensor, size: tuple[int, int],
                  settings: RenderSettings = RenderSettings(), keyframes: int | None = None, unit: float | None = None,
-                 limit: int = PIXEL_LIMIT):
+                 limit: int | None = None):
         """Estimates the geometry of `image` [1,3,H,W] in [-1,1]. Warps have the video `size` (H, W).
 
         load: gives the network, whenever it is needed, and may read it anew: nothing here holds on to it.
         keyframes: how many pictures are estimated together, the first and the latest ones. None is the official memory,
             which grows with every chunk; 1 is its "off", the latest picture alone, whose scale nothing aligns.
         unit: metres in a unit of the poses; officially a tenth of the image's median depth.
-        limit: most pixels of a picture that the network sees.
+        limit: most pixels of a picture that the network sees, as in `estimate`.
         """
         if keyframes is not None and keyframes < 1:
             raise ValueError(f"keyframes {keyframes}: expected at least 1, or None for all")

@@ -8,6 +8,7 @@ and which of their tokens are dropped (`Band`, `History`; the decisions are made
 `Helios.context` and `Helios.text` prepare all that does not depend on the noisy latents, once per pyramid stage and prompt;
 `Helios.forward` is then one denoising step. History and target tokens travel as two segments, since each has its own
 modulation (history is always "at t = 0"). Module names are the checkpoint's names, so no key map exists.
+For training, `checkpointing` keeps nothing of a block but its inputs and runs it again in the backward pass.
 Left out: options that no released recipe uses (key boosts, learned rotary offsets, a replacement for dropped tokens).
 """
 
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import Lora
 
@@ -163,7 +165,7 @@ class Linear(nn.Linear):
         if self.adapter is None:
             return y
         down, up, scale = self.adapter
-        return y + (F.linear(F.linear(x.to(down.dtype), down), up) * scale).to(y.dtype)
+        return y + F.linear(F.linear(x.to(down.dtype), down) * scale, up).to(y.dtype)
 
 
 class Attention(nn.Module):
@@ -304,6 +306,7 @@ class Helios(nn.Module):
     def __init__(self, config: HeliosConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False
         time, height, width = config.patch_size
 
         def patch(scale: int) -> nn.Conv3d:
@@ -375,26 +378,39 @@ class Helios(nn.Module):
         embedding, target_time = self.time(timestep)
         history_time = self.time(torch.zeros_like(timestep[:1]))[1] if config.zero_history_timestep else target_time
         for block, block_text in zip(self.blocks, text):
-            history, target = block(history, target, history_time, target_time, block_text, context.rope,
-                                    targets_only=block is self.blocks[-1])
+            last = block is self.blocks[-1]
+            arguments = history, target, history_time, target_time, block_text, context.rope, last
+            if self.checkpointing and torch.is_grad_enabled() and not last:  # the last one's turn comes again at once
+                history, target = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+            else:
+                history, target = block(*arguments)
         shift, scale = (self.norm_out.scale_shift_table + embedding).split(1, dim=1)
         out = self.proj_out(modulate(target, shift, scale, config.eps))
         pt, ph, pw = config.patch_size
         return rearrange(out.float(), "b (t h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", t=latents.shape[2] // pt,
                          h=latents.shape[3] // ph, w=latents.shape[4] // pw, pt=pt, ph=ph, pw=pw)
 
-    def flops(self, context: Context, text_rows: int = 512) -> int:
-        """Floating-point operations of the blocks' matrix products in one `forward` with a batch of 1."""
+    def flops(self, context: Context, text_rows: int = 512, training: bool = False) -> int:
+        """Floating-point operations of the blocks' matrix products with a batch of 1, in one `forward` or, for
+        `training`, in a whole step: forward, backward (no gradients of frozen weights; attention counts 2.5 times) and
+        the second forward of `checkpointing`. The LoRA's own products, about 1 % at full size, are not counted."""
         dim, hidden = self.config.dim, self.config.ffn_dim
         total, history = context.rope.shape[0], context.tokens.shape[1]
         target = total - history
 
-        def block(tokens: int) -> int:  # `tokens`: those that are carried on, all but in the last block
+        def block(first: bool, last: bool) -> int:
+            tokens = target if last else total  # carried on
             reading = target if self.config.guidance_cross_attn else tokens
-            own = 4 * dim * dim * (total + tokens) + 4 * dim * total * tokens  # k, v for all, q and out; q k and its v
-            return own + 4 * dim * reading * (dim + text_rows) + 4 * dim * hidden * tokens
+            qkv = 2 * dim * dim * (2 * total + tokens)
+            layers = 2 * dim * dim * tokens + 4 * dim * dim * reading + 4 * dim * hidden * tokens
+            attention = 4 * dim * total * tokens + 4 * dim * text_rows * reading
+            forward = qkv + layers + attention
+            backward = layers + attention * 5 // 2 + (0 if first else qkv)  # no gradient has to leave the first block
+            again = forward if self.checkpointing and not last else 0
+            return forward + again + backward if training else forward
 
-        return (self.config.num_layers - 1) * block(total) + block(target)
+        count = self.config.num_layers
+        return sum(block(index == 0, index == count - 1) for index in range(count))
 
     def set_lora(self, lora: Lora | None) -> None:
         """Attach a LoRA to its layers, or detach whatever is attached (None). Raises ValueError naming each misfit."""

@@ -59,6 +59,11 @@ class Pi3XConfig:
     point_head: tuple[tuple[int, int], ...] = ((256, 2), (128, 2), (64, 2))  # per level: width and residual blocks
     conf_head: tuple[tuple[int, int], ...] = ((256, 2), (128, 2), (64, 2))
 
+    @property
+    def pixels(self) -> int:
+        """As many as the position embedding has places for; pictures may have more, but were not trained with."""
+        return (self.patch * self.grid) ** 2
+
     @classmethod
     def from_shapes(cls, shapes: dict[str, list[int]]) -> "Pi3XConfig":
         """Sizes from the shapes of a file's tensors; ValueError naming the key of one that is missing or impossible.

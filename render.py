@@ -160,22 +160,30 @@ def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, i
 
 
 @torch.no_grad()
-def estimate(network: Pi3X, images: list[Tensor], limit: int = PIXEL_LIMIT) -> list[Geometry]:
+def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None) -> list[Geometry]:
     """One joint run over `images`, each [1,3,H,W] in [-1,1] -> a geometry each, in one world, on the network's device.
 
-    The maps have at most `limit` pixels and the aspect of the latest image. `valid` may come out empty: `ensure_valid`
-    is left to the caller, because the scale is aligned before it.
+    The maps have at most `limit` pixels (None: the official number) and the aspect of the latest image. Without a given
+    limit a small network sees fewer, and its maps are enlarged: on coarse ones every floor is a depth edge. `valid` may
+    come out empty: `ensure_valid` is left to the caller, because the scale is aligned before it.
     """
-    size = geometry_size(*images[-1].shape[-2:], limit)
-    pictures = torch.cat([resize((image / 2 + 0.5).clamp(0, 1), size) for image in images])
-    pictures = pictures.to(network.image_mean.device)
-    prediction = network(pictures[None])
-    colors = rearrange(to_u8(pictures), "n c h w -> n h w c")
-    intrinsics = focal_from_rays(prediction.local_points[0]).cpu()
-    maps = prediction.points[0], prediction.local_points[0], prediction.confidence[0].sigmoid()
+
+    def show(size: tuple[int, int]) -> Tensor:
+        pictures = torch.cat([resize((image / 2 + 0.5).clamp(0, 1), size) for image in images])
+        return pictures.to(network.image_mean.device)
+
+    shape = images[-1].shape[-2:]
+    size = geometry_size(*shape, PIXEL_LIMIT if limit is None else limit)
+    seen = geometry_size(*shape, min(PIXEL_LIMIT, network.config.pixels)) if limit is None else size
+    prediction = network(show(seen)[None])
+    colors = rearrange(to_u8(show(size)), "n c h w -> n h w c")
+    maps = prediction.points[0], prediction.local_points[0], prediction.confidence[0, ..., None].sigmoid()
+    if seen != size:
+        maps = [rearrange(resize(rearrange(x, "n h w c -> n c h w"), size), "n c h w -> n h w c") for x in maps]
+    intrinsics = focal_from_rays(maps[1]).cpu()
     geometries = []
     for points, local, confidence, K, c2w, rgb in zip(*maps, intrinsics, prediction.c2w[0].cpu(), colors):
-        depth = local[..., 2]
+        depth, confidence = local[..., 2], confidence[..., 0]
         valid = (confidence > MIN_CONFIDENCE) & local.isfinite().all(-1) & (depth > 0)
         valid = valid & ~mesh_break(points, depth, valid)
         geometries.append(Geometry(points, depth, confidence, valid, K, c2w, rgb))

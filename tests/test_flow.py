@@ -4,17 +4,20 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from einops import rearrange
 
-from flow import (Schedule, block_noise, dmd, downsample_noise, euler, guide, load_schedule, renoise, sample, shift_mu,
-                  stage_tables, timesteps, unipc)
+from flow import (Schedule, block_noise, dmd, downsample_noise, endpoints, euler, guide, interval_levels, load_schedule,
+                  renoise, sample, shift_mu, shifted_levels, stage_tables, table_levels, timesteps, training_item, unipc)
 from goldens import DISTILLED, HELIOS, cases, check, tensors
 
 SCHEDULE = cases(HELIOS / "schedule.json")
 STEPS = tensors(HELIOS / "scheduler_steps.safetensors")
+ITEMS = tensors(HELIOS / "train.safetensors")
+ITEM_CASES = {name: case for name, case in cases(HELIOS / "train_cases.json").items() if name.startswith("items.")}
 TWO = Schedule(sampler="euler", stages=2, stage_range=(0, 0.5, 1), use_dynamic_shifting=True)
 ONE = Schedule(sampler="euler", stages=1, stage_range=(0, 1))
 
@@ -40,6 +43,31 @@ def close(actual, expected):
 
 
 # -------------------------------------------------------------------------------------- official numbers
+
+@pytest.mark.parametrize("name", ITEM_CASES)
+def test_training_items(name):
+    """Each option of the official trainer, from one seed: the noise is drawn first, then u for each stage."""
+    schedule = load_schedule(HELIOS / "mid" if "mid" in name else DISTILLED)
+    options = {"interval": partial(interval_levels, steps=2), "dyn": shifted_levels}
+    levels = options.get(name[6:].split("_")[0], table_levels)
+    clean, seed = ITEMS["cond.target_latents"], ITEM_CASES[name]["torch_manual_seed"]
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(clean.shape, generator=generator)
+    for case in ITEM_CASES[name]["items"]:
+        u = torch.rand(1, generator=generator) if "logit" not in name else torch.randn(1, generator=generator).sigmoid()
+        u = torch.zeros(1) if name == "items.first" else u
+        item = training_item(clean, noise, u, schedule, case["stage"], levels)
+        prefix = f"{name}.stage{case['stage']}"
+        for key, value in (("noisy_latents", item.latents), ("target", item.target)):
+            whole = f"{prefix}.{key}" in ITEMS
+            expected = ITEMS[f"{prefix}.{key}" if whole else f"{prefix}.{key}_ch"]
+            check("training items", value if whole else value[:, 1::5], expected, 1e-5)
+        if f"{prefix}.start_point" in ITEMS:
+            for end, key in zip(endpoints(clean, noise, schedule, case["stage"]), ("start_point", "end_point")):
+                check("training items", end, ITEMS[f"{prefix}.{key}"], 1e-5)
+        for key in ("timestep", "sigma"):
+            check("training timesteps and sigmas", getattr(item, key), torch.tensor(case[key]), 1e-6, relative=True)
+        assert item.sigma.dtype == item.latents.dtype == torch.float32
 
 @pytest.mark.parametrize("case", SCHEDULE["configs"], ids=lambda case: "-".join(map(str, case["config"].values())))
 def test_schedule_numbers(case):
@@ -336,10 +364,51 @@ def test_bad_checkpoint_files(checkpoint):
         load_schedule(folder / "nowhere")
 
 
+def test_training_items_of_a_batch():
+    """Every sample has its own u; one stage is plain flow matching from noise to data; u spans the table."""
+    clean, noise = torch.randn(3, 4, 2, 8, 8), torch.randn(3, 4, 2, 8, 8)
+    u = torch.tensor([0.0, 0.4, 1.0])
+    for schedule, stage in ((ONE, 0), (TWO, 0), (TWO, 1), (Schedule(), 1)):
+        item = training_item(clean, noise, u, schedule, stage)
+        assert item.sigma[0] == 0.999 and item.sigma[2] < 1e-3 + 1e-6 and item.timestep.shape == (3,)
+        for i in range(3):
+            alone = training_item(clean[i:i + 1], noise[i:i + 1], u[i:i + 1], schedule, stage)
+            assert torch.equal(alone.latents[0], item.latents[i]) and torch.equal(alone.target[0], item.target[i])
+    item = training_item(clean, noise, u, ONE, 0)
+    assert torch.equal(item.target, noise - clean)
+    torch.testing.assert_close(item.latents[1], 0.5994 * noise[1] + 0.4006 * clean[1])
+    assert len(table_levels(u, ONE, 0, clean.shape)[0]) == 3
+
+
+def test_stages_meet():
+    """The velocity of a training pair leads, over the stage's whole clock, to where the sampler enters the next stage:
+    upsampled and renoised, the end of one stage has the clean part and the noise level of the start of the next."""
+    schedule, clean = Schedule(), torch.randn(1, 2, 1, 8, 8)
+    for stage in (0, 1):
+        none = torch.zeros_like(clean)
+        _, end = endpoints(clean, none, schedule, stage)
+        start, _ = endpoints(clean, none, schedule, stage + 1)
+        table = stage_tables(schedule)[stage + 1]
+        torch.testing.assert_close(table.alpha * end.repeat_interleave(2, -1).repeat_interleave(2, -2), start)
+
+
+def test_exponential_shift_is_bounded_in_training():
+    u, shape = torch.tensor([0.5]), torch.Size([1, 16, 99, 512, 512])
+    schedule = replace(ONE, use_dynamic_shifting=True)
+    _, sigma = shifted_levels(u, schedule, 0, shape)
+    plain = table_levels(u, schedule, 0, shape)[1]
+    torch.testing.assert_close(sigma / (1 - sigma), 7 * plain / (1 - plain))
+
+
+def test_bad_interval():
+    with pytest.raises(ValueError, match="1 steps at stage 0: expected at least 2"):
+        interval_levels(torch.rand(1), ONE, 0, torch.Size([1, 16, 9, 8, 8]), steps=1)
+
+
 def test_bad_steps_and_sizes():
     noise, generator = torch.zeros(1, 4, 3, 8, 16), torch.Generator()
     for steps in ([2], [2, 0], [2, 2, 2]):
         with pytest.raises(ValueError, match="steps per stage are .* expected 2 numbers"):
             sample(None, noise, TWO, steps, generator)
-    with pytest.raises(ValueError, match=r"noise is \[1, 4, 3, 6, 16\], expected height and width .* multiples of 4"):
+    with pytest.raises(ValueError, match=r"latents are \[1, 4, 3, 6, 16\], expected height and width .* multiples of 4"):
         sample(None, noise[..., :6, :], Schedule(), [2, 2, 2], generator)

@@ -10,7 +10,7 @@ import memory
 import render
 from goldens import GEOMETRY, check, config, tensors
 from memory import Atlas, Memory, align_scale, depth_ratio, estimate, render_keyframes, smooth_focals
-from pi3x import Prediction, load_pi3x
+from pi3x import Pi3XConfig, Prediction, load_pi3x
 from render import Geometry, RenderSettings
 
 SCENE, ROLLOUT = GEOMETRY / "keyframes_scene.safetensors", GEOMETRY / "camera_rollout.safetensors"
@@ -296,6 +296,32 @@ def test_what_is_valid():
     (only,) = estimate(network, [torch.full((1, 3, 48, 64), 100.6 / 127.5 - 1)], limit=2352)
     assert (~only.valid).nonzero().tolist() == [[5, 0], [5, 1], [5, 2], [5, 3], [6, 0], [7, 0]]
     assert (only.rgb == 101).all()
+
+
+def test_a_small_network_sees_fewer_pixels(network, rollout):
+    """No more than its position embedding has places for, but its maps are as large as ever; a given limit counts."""
+    seen = []
+
+    def watch(images):
+        seen.append(tuple(images.shape[-2:]))
+        raise InterruptedError
+
+    for grid, limit, size in ((37, None, (392, 644)), (9, None, (98, 154)), (9, 255_000, (392, 644))):
+        watched = Mock(side_effect=watch, image_mean=torch.zeros(1), config=Pi3XConfig(grid=grid))
+        with pytest.raises(InterruptedError):
+            estimate(watched, [torch.zeros(1, 3, 384, 640)], limit)
+        assert seen.pop() == size
+    picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+    (coarse,), (fine,) = estimate(network, [picture], network.config.pixels), estimate(network, [picture])
+    assert coarse.depth.shape == (70, 98) and fine.depth.shape == render.geometry_size(64, 96)
+    rows, columns = (large / small for large, small in zip(fine.depth.shape, coarse.depth.shape))
+    assert fine.K[0, 0] == pytest.approx(coarse.K[0, 0].item() * columns, rel=0.02)
+    assert fine.K[1, 1] == pytest.approx(coarse.K[1, 1].item() * rows, rel=0.02)
+    for name in ("depth", "confidence", "points", "rgb"):
+        small, large = (getattr(each, name).float().view(*each.depth.shape, -1) for each in (coarse, fine))
+        back = render.resize(large.permute(2, 0, 1)[None], coarse.depth.shape)[0].permute(1, 2, 0)
+        assert (back - small).abs().mean() < 0.1 * small.abs().mean(), name
+    assert Memory(lambda: network, picture, (64, 96)).reference.depth.shape == fine.depth.shape
 
 
 def test_kept_pictures(network, rollout):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import goldens
-from checkpoint import load, load_lora
+from checkpoint import Lora, load, load_lora
 from goldens import DISTILLED, HELIOS, check
 from model import Band, Helios, HeliosConfig, History, rotate
 
@@ -150,6 +151,104 @@ def test_counted_flops(helios, case):
     counts = counter.get_flop_counts()
     counted = sum(sum(counts[f"Helios.blocks.{i}"].values()) for i in range(len(model.blocks)))
     assert model.flops(context, embeddings.shape[1]) == counted
+
+
+def loss_of(model: Helios, case: str, lora: Lora) -> torch.Tensor:
+    """A scalar that depends on every output, with the LoRA's gradients cleared."""
+    model.set_lora(lora)
+    for matrix in matrices(lora):
+        matrix.requires_grad_().grad = None
+    return (run(model, case) * INPUTS[f"{case}.out"]).sum()
+
+
+def matrices(lora: Lora) -> list[torch.Tensor]:
+    return [matrix for down, up, _ in lora.adapters.values() for matrix in (down, up)]
+
+
+@pytest.fixture
+def checkpointing(helios):
+    helios.checkpointing = True
+    yield helios
+    helios.checkpointing = False
+    helios.set_lora(None)
+
+
+@pytest.mark.parametrize("case", ["wah_masks_thr0.1", "no_history", "no_guidance_cross_attn"])
+def test_checkpointing(checkpointing, case):
+    """Gradients are bit-equal with and without it, each is there, and the frozen weights get none."""
+    model, lora, gradients = variant(checkpointing, case), load_lora(HELIOS / "lora_noprefix.safetensors"), []
+    for model.checkpointing in (True, False):
+        loss_of(model, case, lora).backward()
+        gradients.append([matrix.grad.clone() for matrix in matrices(lora)])
+    assert all(torch.equal(one, other) and one.any() for one, other in zip(*gradients))
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
+
+
+def test_checkpointing_keeps_little(checkpointing):
+    """Of every block but the last only the inputs stay until the backward pass; without a LoRA, nothing at all."""
+    case, lora = "wah_masks_thr0.1", load_lora(HELIOS / "lora_noprefix.safetensors")
+    weights = {parameter.untyped_storage().data_ptr() for parameter in checkpointing.parameters()}
+
+    def kept(model: Helios, lora: Lora) -> int:
+        sizes = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = loss_of(model, case, lora)
+        assert loss.requires_grad == bool(lora.adapters)
+        return sum(sizes.values())
+
+    deep = HeliosConfig(**{**checkpointing.config.__dict__, "num_layers": 6})
+    with torch.device("meta"):
+        deeper = Helios(deep)
+    state = checkpointing.state_dict()
+    for name in [name for name in deeper.state_dict() if name not in state]:
+        state[name] = state[re.sub(r"blocks\.\d+", "blocks.1", name)]
+    deeper.load_state_dict(state, assign=True)
+    deeper.requires_grad_(False)
+    sizes = {}
+    for deeper.checkpointing in (True, False):
+        sizes[deeper.checkpointing] = kept(deeper, lora)
+    assert sizes[True] < sizes[False] / 3
+    assert kept(deeper, replace(lora, adapters={})) == 0
+
+
+@pytest.mark.parametrize("case", ["all_bands", "no_history", "no_guidance_cross_attn"])
+@pytest.mark.parametrize("again", [True, False])
+def test_counted_training_flops(checkpointing, case, again):
+    """As torch counts them in forward and backward, but for the adapters' own products and what is outside the blocks."""
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+    model, lora = variant(checkpointing, case), load_lora(HELIOS / "lora_noprefix.safetensors")
+    model.checkpointing = again
+    latents, timestep, embeddings, history = arguments(case)
+    context, text = model.context(history, latents.shape[2:]), model.text(embeddings)
+    loss_of(model, case, lora)
+    on_cpu = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *rest, out_shape, **options: sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda grad, q, k, v, *rest, out_shape, **options: sdpa_backward_flop_count(grad, q, k, v),
+    }
+    with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+        model(latents, timestep, text, context).square().sum().backward()
+    outside = counter.get_total_flops() - model.flops(context, embeddings.shape[1], training=True)
+    total, target = len(context.rope), len(context.rope) - context.tokens.shape[1]
+    dim, freq, layers = model.config.dim, model.config.freq_dim, len(model.blocks)
+    adapters = 0
+    for index in range(layers):
+        tokens = target if index == layers - 1 else total
+        for count, leaves in ((2 * total + tokens, index > 0), (tokens, True)):  # k, v, q; out
+            product = 2 * len(lora.adapters["blocks.0.attn1.to_q"][0]) * dim * count
+            adapters += product * (5 + leaves + 2 * (again and index < layers - 1))
+    times = 2 if model.config.zero_history_timestep else 1
+    ends = 3 * 2 * target * dim * 64 + times * 2 * (freq * dim + dim * dim + 6 * dim * dim)  # patches, projection, time
+    assert outside == adapters + ends
 
 
 @pytest.mark.parametrize("case", ["all_bands", "only_short", "no_history", "odd_sizes", "amplify_scalar",

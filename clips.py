@@ -1,0 +1,324 @@
+"""The training data of one LoRA: videos, the geometry of their frames, and the choice of what a step trains on.
+
+A step takes 33 frames of a clip, forward or reversed, and a warp of them from keyframes: the first of the 33 alone (a
+first chunk), or some frames before them and perhaps some from among them (a later chunk). Decisions, renderings and
+latents are those of the official trainer (paper section 4), which makes all of them anew in every step: here geometry
+is estimated once and kept in a file, and the VAE's latents are kept in memory.
+Left out: videos that bring their own warps.
+"""
+
+import csv
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import save
+from torch import Tensor
+
+import media
+from camera import WINDOW, load_path, normalize
+from checkpoint import open_safetensors
+from memory import render_keyframes, smooth_focals
+from pi3x import Pi3X
+from render import Geometry, Warp, choose_fov, collect, ensure_valid, estimate, place, quantize, to_u8, transform
+from vae import VAE
+from wah import CHUNK, mask_latents
+
+
+# ---------------------------------------------------------------------------------------------------- what to train on
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How cases are drawn. The defaults are those of the release."""
+
+    seed: int = 42
+    reverse: float = 0.5  # share of reversed clips
+    first: float = 0.5  # share of clips that are a first chunk
+    max_history: int = 19  # keyframes before a later chunk
+    future: float = 0.5  # share of later chunks that also have keyframes from among the target's frames
+    future_count: tuple[int, int] = (1, 2)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Which frames a step uses, counted in the reversed clip if `reverse`."""
+
+    reverse: bool
+    start: int  # first of the 33 target frames
+    keyframes: tuple[int, ...]  # the warp is rendered from them, as seen from the latest one's camera
+
+    @property
+    def later(self) -> bool:
+        return self.keyframes[0] < self.start
+
+    @property
+    def condition(self) -> int:
+        """The frame that the network is given: a first chunk's own first one, or the one before a later chunk."""
+        return self.start - 1 if self.later else self.start
+
+    @property
+    def targets(self) -> list[int]:
+        return list(range(self.start, self.start + WINDOW))
+
+    @property
+    def path(self) -> list[int]:
+        """Frames whose cameras the warp is rendered from; the first is that of the latest keyframe."""
+        return [self.keyframes[-1], *self.targets] if self.later else self.targets
+
+    def original(self, index: int, frames: int) -> int:
+        """A frame's index in the clip as it is."""
+        return frames - 1 - index if self.reverse else index
+
+
+def draw_case(choices: Choices, frames: int, row: str, index: int) -> Case:
+    """The official choice for the `index`th step (from 1) on a clip named `row` of `frames` frames."""
+    name = f"{choices.seed}|online_warp_training|{row}|{index}".encode()
+    digest = hashlib.blake2b(name, digest_size=8).digest()
+    rng = random.Random(int.from_bytes(digest, "little") % (2**63 - 1))
+    reverse = choices.reverse > 0 and rng.random() < choices.reverse
+    if rng.random() < choices.first or frames <= WINDOW:
+        start = rng.randint(0, frames - WINDOW)
+        return Case(reverse, start, (start,))
+    start = rng.randint(1, frames - WINDOW)
+    history = rng.randint(1, min(choices.max_history, start))
+    keyframes = range(start - history, start)
+    if rng.random() < choices.future:
+        count = rng.randint(*choices.future_count)
+        keyframes = [*keyframes, *sorted(rng.sample(range(start, start + WINDOW), count))]
+    return Case(reverse, start, tuple(keyframes))
+
+
+def item_order(count: int, seed: int) -> Iterator[int]:
+    """Clips in the official order: shuffled anew in every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+# --------------------------------------------------------------------------------------------------------------- videos
+
+
+@dataclass(frozen=True)
+class Source:
+    video: Path
+    prompt: str
+
+
+def find_video(name: str) -> Path:
+    """A path, or a name in data/."""
+    data = Path(__file__).parent / "data"
+    for path in (Path(name), data / f"{name}.mp4", data / name):
+        if path.exists():
+            return path
+    raise ValueError(f"--video {name}: no such file or folder, and no {name}.mp4 or {name}/ in {data}; the paper's"
+                     " clips are in DAVIS 2017 (https://davischallenge.org), as folders JPEGImages/480p/NAME")
+
+
+def read_sources(videos: list[str], prompts: list[str]) -> list[Source]:
+    """Videos and what they show: as given, one prompt for each or one for all, or from a csv file."""
+    if len(videos) == 1 and videos[0].endswith(".csv"):
+        if prompts:
+            raise ValueError(f"--prompt: the prompts are in {videos[0]}")
+        return read_csv(Path(videos[0]))
+    prompts = prompts or [""]
+    prompts = prompts * len(videos) if len(prompts) == 1 else prompts
+    if len(prompts) != len(videos):
+        raise ValueError(f"--prompt is given {len(prompts)} times, expected once, or {len(videos)} times as --video")
+    return [Source(find_video(video), prompt) for video, prompt in zip(videos, prompts)]
+
+
+def read_csv(path: Path) -> list[Source]:
+    """Columns `video` (a path beside the file, or as for --video) and `prompt`; others are ignored."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or []
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable csv file ({error})") from None
+    if not {"video", "prompt"} <= set(columns) or not rows:
+        raise ValueError(f"{path}: columns {columns} and {len(rows)} rows, expected columns video and prompt and a row")
+    sources = []
+    for number, row in enumerate(rows, start=1):
+        if not row["video"] or row["prompt"] is None:
+            raise ValueError(f"{path}, row {number}: video {row['video']!r}, prompt {row['prompt']!r}, expected both")
+        near = path.parent / row["video"]
+        sources.append(Source(near if near.exists() else find_video(row["video"]), row["prompt"]))
+    return sources
+
+
+def read_frames(path: Path, size: tuple[int, int]) -> Tensor:
+    """All frames of a video, centre-cropped to `size`: [T, 3, H, W] uint8. ValueError if there are fewer than 33."""
+    frames = [to_u8(media.fit_image(Image.fromarray(frame), size) / 2 + 0.5) for frame in media.read_frames(path)]
+    if len(frames) < WINDOW:
+        raise ValueError(f"{path}: {len(frames)} frames, expected at least {WINDOW}")
+    return torch.cat(frames)
+
+
+# ------------------------------------------------------------------------------------------------------------ geometry
+
+
+def geometry_file(folder: Path, *parts: bytes) -> Path:
+    """Where to keep a geometry: the name tells what it depends on."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in parts:
+        digest.update(hashlib.blake2b(part).digest())
+    return folder / f"geometry_{digest.hexdigest()}.safetensors"
+
+
+def keep(path: Path, geometries: list[Geometry]) -> None:
+    names = [field.name for field in fields(Geometry)]
+    tensors = {name: torch.stack([getattr(each, name).cpu() for each in geometries]) for name in names}
+    with media.replacing({"file": path}, []) as files:
+        files["file"].write_bytes(save(tensors))
+
+
+def estimate_clip(weights: Path, network: Callable[[], Pi3X], frames: Tensor, pixels: int, folder: Path) -> Path:
+    """The geometry of all frames [T, 3, H, W] jointly, by Pi3X, as a file; from an earlier run if it is there.
+
+    `network` is called if it is needed; for the file's name, the size and end of its `weights` stand for them. A frame
+    has at most `pixels`, 0 for the network's own number.
+    """
+    with open(weights, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(size - 2**20, 0))
+        numbers = str((*frames.shape, pixels, size)).encode()
+        path = geometry_file(folder, frames.numpy().tobytes(), numbers, file.read())
+    if not path.is_file():
+        images = [frame[None].to(network().image_mean.device) / 255 * 2 - 1 for frame in frames]
+        keep(path, [ensure_valid(each) for each in smooth_focals(estimate(network(), images, pixels or None))])
+    return path
+
+
+def read_depths(path: Path) -> list[Tensor]:
+    """A depth map [h, w] of each frame, from .npy or .npz [T, h, w] or a folder of 16-bit pictures."""
+    if path.is_dir():
+        return [media.load_depth(file) for file in sorted(path.iterdir()) if file.suffix.lower() in media.PICTURES]
+    arrays = media.read_arrays(path)
+    if len(arrays) != 1 and "depth" not in arrays:
+        raise ValueError(f"{path}: arrays {', '.join(sorted(arrays))}, expected one, or one named 'depth'")
+    depth = arrays["depth"] if "depth" in arrays else next(iter(arrays.values()))
+    if depth.ndim != 3 or depth.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: array of {depth.shape}, type {depth.dtype}, expected numbers [T, height, width]")
+    return list(torch.from_numpy(depth.astype(np.float32)))
+
+
+def known_geometry(video: Path, poses: Path, depth: Path, frames: Tensor, folder: Path) -> Path:
+    """The geometry of a clip whose camera and depths are known, in one unit, as a file."""
+    camera, depths, size = load_path(poses), read_depths(depth), tuple(frames.shape[2:])
+    if not len(depths) == len(camera.c2w) == len(frames):
+        raise ValueError(f"{poses} has {len(camera.c2w)} poses and {depth} {len(depths)} maps, expected {len(frames)}"
+                         f" of each, as {video} has frames")
+    fov_x, geometries = choose_fov(None, camera), []
+    for pose, picture, each in zip(camera.c2w, media.read_frames(video), depths):
+        _, geometry = place(Image.fromarray(picture), each, fov_x, size)
+        points = torch.stack(transform(pose, *geometry.points.unbind(-1)), dim=-1)
+        geometries.append(replace(geometry, points=points, c2w=pose))
+    digests = [torch.cat([each.points.flatten(), each.c2w.flatten()]).numpy().tobytes() for each in geometries]
+    path = geometry_file(folder, frames.numpy().tobytes(), *digests)
+    keep(path, geometries)
+    return path
+
+
+class Geometries:
+    """The geometry of every frame of a clip, in a file: what is needed is read when it is."""
+
+    def __init__(self, path: Path, device: str, backwards: bool = False):
+        with open_safetensors(path) as file:
+            self.c2w = file.get_tensor("c2w")  # [T, 4, 4]
+        self.c2w = self.c2w.flip(0) if backwards else self.c2w
+        self.path, self.device, self.backwards = path, device, backwards
+
+    def __getitem__(self, index: int) -> Geometry:
+        index = len(self.c2w) - 1 - index if self.backwards else index
+        with open_safetensors(self.path) as file:
+            maps = {field.name: file.get_slice(field.name)[index] for field in fields(Geometry)}
+        on_cpu = {name: maps.pop(name) for name in ("K", "c2w")}  # the renderer wants them there
+        return Geometry(**{name: each.to(self.device) for name, each in maps.items()}, **on_cpu)
+
+
+@dataclass(frozen=True)
+class Clip:
+    prompt: str  # with the trigger
+    frames: Tensor  # [T, 3, H, W] uint8
+    forward: Geometries
+    reverse: Geometries
+
+    def pixels(self, *index: int) -> Tensor:
+        """Frames [1, 3, len(index), H, W] in [-1, 1]."""
+        return rearrange(self.frames[list(index)], "t c h w -> 1 c t h w") / 255 * 2 - 1
+
+
+def render_case(clip: Clip, case: Case) -> Warp:
+    """A case's warp. Kept for parity: also a first chunk is rendered as keyframes are, unlike in sampling."""
+    geometries = clip.reverse if case.reverse else clip.forward
+    poses = normalize(geometries.c2w[case.path], len(case.path))
+    keyframes = [geometries[index] for index in case.keyframes]
+    warp = collect(render_keyframes(keyframes, poses), tuple(clip.frames.shape[2:]))
+    frames, visible = warp.frames[:, :, -WINDOW:], warp.visible[:, :, -WINDOW:]  # a later one begins with the keyframe
+    return Warp(quantize(frames), (visible * 255).round() / 255)
+
+
+# ------------------------------------------------------------------------------------------------------------- latents
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Normalised latents of a case, [1, 16, frames, h, w]."""
+
+    target: Tensor  # 9 frames
+    image: Tensor  # 1
+    fake: Tensor  # 1: the image as a standing video's end
+    warp: Tensor  # 9
+    visible: Tensor  # [1, 1, 9, h, w]
+
+
+class Conditions:
+    """Latents of the clips' windows. Each is made once and kept in host memory, `limit` of a kind, and the longest
+    unused go first; that is possible because officially every posterior sample is drawn from the same seed."""
+
+    def __init__(self, vae: VAE, clips: list[Clip], size: tuple[int, int], seed: int, limit: int, device: str):
+        self.vae, self.clips, self.device = vae, clips, device
+        generator = torch.Generator().manual_seed(seed)
+        shape = size[0] // vae.space_factor, size[1] // vae.space_factor
+        self.image_noise, self.fake_noise, _, self.warp_noise = (  # the third, unused: kept for parity
+            torch.randn(1, vae.config.z_dim, count, *shape, generator=generator) for count in (1, CHUNK, 1, CHUNK))
+        self.image, self.target, self.warp = map(lru_cache(limit), (self.make_image, self.make_target, self.make_warp))
+
+    def encode(self, video: Tensor, noise: Tensor | None) -> Tensor:
+        """Of a video [1, 3, 1 + 4k, H, W] the posterior's sample, or without noise its mode."""
+        mean, logvar = self.vae.encode(video.to(self.device))
+        latents = mean if noise is None else self.vae.sample(mean, logvar, noise.to(self.device))
+        return self.vae.normalize(latents).cpu()
+
+    def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Image [1, 3, 1, H, W] -> its latent and the fake latent."""
+        still = image.expand(-1, -1, WINDOW, -1, -1)
+        fake = self.encode(still, self.fake_noise)[:, :, -1:]
+        return self.encode(image, self.image_noise), fake.clone()  # frees the other frames
+
+    def encode_warp(self, warp: Warp) -> tuple[Tensor, Tensor]:
+        return self.encode(warp.frames, self.warp_noise), mask_latents(warp.visible).cpu()
+
+    def make_image(self, clip: int, index: int) -> tuple[Tensor, Tensor]:
+        return self.encode_image(self.clips[clip].pixels(index))
+
+    def make_target(self, clip: int, index: tuple[int, ...]) -> Tensor:
+        return self.encode(self.clips[clip].pixels(*index), None)
+
+    def make_warp(self, clip: int, case: Case) -> tuple[Tensor, Tensor]:
+        return self.encode_warp(render_case(self.clips[clip], case))
+
+    def __call__(self, clip: int, case: Case) -> Condition:
+        count = len(self.clips[clip].frames)
+        targets = tuple(case.original(index, count) for index in case.targets)
+        image = self.image(clip, case.original(case.condition, count))
+        latents = self.target(clip, targets), *image, *self.warp(clip, case)
+        return Condition(*(each.to(self.device) for each in latents))
