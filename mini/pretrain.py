@@ -1,0 +1,387 @@
+"""Pretraining of the miniature, part by part, from nothing but the procedural world.
+
+    python -m mini.pretrain clips --parts 60              # clips as latents of the linear codec
+    python -m mini.pretrain dit --steps 20000             # transformer and text encoder: continue videos
+    torchrun --nproc-per-node 2 -m mini.pretrain dit ...  # the same on two cores
+    python -m mini.pretrain vae --batch 4 --steps 20000   # into and out of the same latent space
+    python -m mini.pretrain export                        # weights/mini in the official layout
+    python -m mini.pretrain dit --start weights/mini ...  # go on from an export, where no state was kept
+
+The transformer learns to continue videos and nothing else: no camera, no warp. Its histories are those of native Helios:
+the first frame and the latest 19 latents in three bands, cut short at random, slightly noised, or only a picture. Each
+part can be stopped at any time and goes on where it was; every step draws from a generator of its own. Needs torch 2.9
+for its Muon optimiser.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from flow import Schedule, training_item
+from mini.latents import SIZE, Codec, fit_codec, load_codec, load_parts, make_parts, save_codec, symmetries
+from mini.world import caption, make_clip, make_scene
+from model import Band, Helios, HeliosConfig, History
+from text import Tokenizer, UMT5Config, UMT5Encoder, encode_prompt
+from vae import VAE, VAEConfig
+from wah import BANDS, CHUNK, FIRST_TARGET
+
+SCHEDULE = Schedule(sampler="euler", stages=1, stage_range=(0, 1))
+HELIOS = HeliosConfig(num_attention_heads=4, attention_head_dim=48, num_layers=6, ffn_dim=512, text_dim=64, freq_dim=128,
+                      rope_dim=(16, 16, 16), rope_theta=100.0)
+UMT5 = UMT5Config(vocab_size=640, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+VAE_CONFIG = VAEConfig(base_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+STEM = "diffusion_pytorch_model"
+TEXT_ROWS = 64  # of the prompt embeddings; the official pipelines pad to 512
+HELD_OUT = 10**6  # seeds from here on are never trained on
+
+
+# ------------------------------------------------------------------------------------------------------- one mechanism
+
+
+@dataclass(frozen=True)
+class Recipe:
+    steps: int
+    decay: int  # the last steps, over which the learning rate falls to zero
+    lr: float = 2e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    average: float = 0.998  # of the weights that are kept beside the trained ones
+    every: int = 200  # steps between checkpoints and validations
+
+
+def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside of blocks, with twice the learning rate, AdamW for everything else."""
+    named = dict(network.named_parameters())
+    matrices = {name: p for name, p in named.items() if p.ndim == 2 and "block" in name and "table" not in name
+                and "bias" not in name}
+    rest = [p for name, p in named.items() if name not in matrices]
+    adam = torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
+    muon = [torch.optim.Muon(matrices.values(), lr=2 * recipe.lr, weight_decay=recipe.weight_decay, momentum=0.95,
+                             adjust_lr_fn="match_rms_adamw")] if matrices else []
+    for optim in (adam, *muon):
+        for group in optim.param_groups:
+            group["initial_lr"] = group["lr"]
+    return [adam, *muon]
+
+
+def save_state(path: Path, step: int, network: nn.Module, averaged: nn.Module, optims: list) -> None:
+    """Everything that training needs to go on, as safetensors."""
+    tensors = {f"network.{key}": value for key, value in network.state_dict().items()}
+    tensors |= {f"average.{key}": value for key, value in averaged.state_dict().items()}
+    for group, optim in enumerate(optims):
+        for index, values in optim.state_dict()["state"].items():
+            tensors |= {f"optim.{group}.{index}.{key}": torch.as_tensor(value) for key, value in values.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file({key: value.contiguous() for key, value in tensors.items()} | {"step": torch.tensor(step)}, temporary)
+    temporary.rename(path)
+
+
+def load_state(path: Path, network: nn.Module, averaged: nn.Module, optims: list) -> int:
+    tensors = load_file(path)
+    for prefix, module in (("network.", network), ("average.", averaged)):
+        module.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+    for group, optim in enumerate(optims):
+        state: dict[int, dict] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"optim.{group}."):
+                index, name = key.split(".", 3)[2:]
+                state.setdefault(int(index), {})[name] = value
+        optim.load_state_dict(optim.state_dict() | {"state": state})
+    return int(tensors["step"])
+
+
+def fit(network: nn.Module, accumulate: Callable[[nn.Module, int, int], float], validate: Callable[[nn.Module], dict],
+        recipe: Recipe, path: Path) -> None:
+    """Train `network`, whose weights are initialised: `accumulate(network, step, rank)` adds a step's gradients and returns
+    its loss, `validate` measures the averaged weights. State and log go to `path`."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo")
+    averaged = torch.optim.swa_utils.AveragedModel(network, use_buffers=False).module
+    optims, start = optimizers(network, recipe), 0
+    if path.is_file():
+        start = load_state(path, network, averaged, optims)
+    parameters, begin, total = list(network.parameters()), time.perf_counter(), 0.0
+    for step in range(start, recipe.steps):
+        factor = min(1, (step + 1) / recipe.warmup, (recipe.steps - step) / recipe.decay)
+        total += accumulate(network, step, rank)
+        grads = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+        if world > 1:
+            dist.all_reduce(grads)
+            grads /= world
+        grads *= (1 / (grads.norm() + 1e-6)).clamp(max=1)
+        for p, grad in zip(parameters, grads.split([p.numel() for p in parameters])):
+            p.grad = grad.view_as(p)
+        for optim in optims:
+            for group in optim.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            optim.step()
+        network.zero_grad()
+        with torch.no_grad():
+            keep = min(recipe.average, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - keep)
+        if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
+            if rank == 0:
+                done = step + 1 - max(start, (step // recipe.every) * recipe.every)
+                line = {"step": step + 1, "loss": total / done, "seconds": time.perf_counter() - begin, **validate(averaged)}
+                with path.with_suffix(".jsonl").open("a") as log:
+                    log.write(json.dumps({key: round(value, 5) for key, value in line.items()}) + "\n")
+                save_state(path, step + 1, network, averaged, optims)
+            begin, total = time.perf_counter(), 0.0
+
+
+# --------------------------------------------------------------------------------------------------------- transformer
+
+
+class Generator(nn.Module):
+    """What is trained together: the transformer and the text encoder in front of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer, self.text_encoder = Helios(HELIOS), UMT5Encoder(UMT5)
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        for name, p in self.named_parameters():
+            if "table" in name:
+                p.normal_(std=HELIOS.dim**-0.5)
+        head = self.transformer.proj_out
+        head.weight.zero_(), head.bias.zero_()
+        for module in self.text_encoder.modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(std=1.0 if module.embedding_dim == UMT5.d_model else 0.1)
+
+
+def history(prefix: Tensor, native: Tensor, bands: bool) -> History:
+    """The bands of native Helios from the first latent [B, 16, 1, h, w] and the latest 19."""
+    long, mid, short = native.split(BANDS, dim=2)
+    time_long, time_mid, time_short, target = torch.arange(1, FIRST_TARGET + CHUNK).split([*BANDS, CHUNK])
+    return History(short=Band(torch.cat([prefix, short], 2), torch.cat([torch.zeros(1, dtype=torch.long), time_short])),
+                   mid=Band(mid, time_mid) if bands else None, long=Band(long, time_long) if bands else None, indices=target)
+
+
+def draw_start(clip: Tensor, rng: Random, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Target, first latent and the 19 before the target, of one clip's chunks [3, 16, 9, h, w]."""
+    blank = torch.zeros_like(clip[0, :, :1])
+    target = rng.randrange(1, len(clip)) if kind == "continue" else rng.randrange(len(clip))
+    if kind == "text":
+        return clip[target], blank, blank.repeat(1, sum(BANDS), 1, 1)
+    start = rng.randrange(target) if kind == "continue" else target
+    prefix = clip[start, :, :1]  # the picture that the video began with; encoded as a standing video it is the same
+    native = torch.cat([blank.repeat(1, sum(BANDS), 1, 1), prefix, *clip[start:target]], dim=1)[:, -sum(BANDS) :]
+    if kind == "continue" and rng.random() < 0.4:
+        native[:, : rng.randrange(sum(BANDS))] = 0
+    return clip[target], prefix, native
+
+
+class Clips:
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        self.codec, self.tokenizer = load_codec(folder / "codec.safetensors"), tokenizer
+        self.clips, self.captions = load_parts(folder)
+
+    def batch(self, rng: Random, generator: torch.Generator, size: int, kind: str) -> dict:
+        """Clean latents [B, 16, 9, h, w], prefix, native history (with a little noise) and captions."""
+        parts, captions = [], []
+        for _ in range(size):
+            index, turn = rng.randrange(len(self.clips)), rng.randrange(12)
+            clip = torch.from_numpy(self.clips[index][rng.randrange(2)].astype(np.float32))
+            parts.append(draw_start(self.codec.transform(clip, turn), rng, kind))
+            named = symmetries()[turn][1] == (0, 1, 2) or kind == "text"  # other channel orders change the colours' names
+            captions.append(self.captions[index] if named else "")
+        clean, prefix, native = (torch.stack(part) for part in zip(*parts))
+
+        def noised(x: Tensor) -> Tensor:
+            share = 0.135 * torch.rand(size, 1, x.shape[2], 1, 1, generator=generator)
+            return share * torch.randn(x.shape, generator=generator) + (1 - share) * x
+
+        return {"clean": clean, "prefix": noised(prefix), "native": noised(native) * (native != 0), "captions": captions}
+
+
+def embed_captions(generator: Generator, tokenizer: Tokenizer, captions: list[str]) -> Tensor:
+    rows = {caption: encode_prompt(tokenizer, generator.text_encoder, caption, TEXT_ROWS) for caption in set(captions)}
+    return torch.cat([rows[caption] for caption in captions])
+
+
+def velocity_loss(generator: Generator, clips: Clips, batch: dict, u: Tensor, noise: Tensor, bands: bool) -> Tensor:
+    transformer = generator.transformer
+    u = u / (2 - u)  # twice the odds of noise: u counts from the noisy end
+    item = training_item(batch["clean"], noise, u, SCHEDULE, 0)
+    context = transformer.context(history(batch["prefix"], batch["native"], bands), batch["clean"].shape[2:])
+    text = transformer.text(embed_captions(generator, clips.tokenizer, batch["captions"]))
+    return (transformer(item.latents, item.timestep, text, context) - item.target).square().mean()
+
+
+def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None) -> None:
+    tokenizer = Tokenizer(folder / "spiece.model")
+    clips = Clips(folder, tokenizer)
+    held_out = clips.clips[:24], clips.captions[:24]
+    clips.clips, clips.captions = clips.clips[24:], clips.captions[24:]
+    torch.manual_seed(0)
+    generator = Generator()
+    generator.initialize()
+    if start is not None:
+        generator.transformer.load_state_dict(load_file(start / "transformer" / f"{STEM}.safetensors"))
+        generator.text_encoder.load_state_dict(load_file(start / "text_encoder" / "model.safetensors"))
+
+    def accumulate(network: Generator, step: int, rank: int) -> float:
+        rng, draws = Random(step * 64 + rank), torch.Generator().manual_seed(step * 64 + rank)
+        kind = rng.choices(("image", "continue", "text"), (0.5, 0.45, 0.05))[0]
+        batch = clips.batch(rng, draws, size, kind)
+        u = (torch.arange(size) + torch.rand(size, generator=draws)) / size  # stratified
+        bands = kind == "continue" or rng.random() < 0.7
+        loss = velocity_loss(network, clips, batch, u, torch.randn(batch["clean"].shape, generator=draws), bands)
+        loss.backward()
+        return loss.item()
+
+    @torch.no_grad()
+    def validate(network: Generator) -> dict:
+        trained, losses = (clips.clips, clips.captions), {}
+        clips.clips, clips.captions = held_out
+        for kind in ("image", "continue"):
+            draws = torch.Generator().manual_seed(1)
+            batch = clips.batch(Random(1), draws, 24, kind)
+            noise = torch.randn(batch["clean"].shape, generator=draws)
+            losses[kind] = velocity_loss(network, clips, batch, (torch.arange(24) + 0.5) / 24, noise, True).item()
+        clips.clips, clips.captions = trained
+        return losses
+
+    fit(generator, accumulate, validate, recipe, folder / "dit.safetensors")
+
+
+# ----------------------------------------------------------------------------------------------------------------- VAE
+
+
+def vae_losses(vae: VAE, codec: Codec, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared error of the latents, smooth absolute and squared error of the pictures, of a clip [T, H, W, 3] uint8.
+
+    The decoder learns from the codec's latents with a little noise, as the transformer's will not be exact either."""
+    video = rearrange(frames, "t h w c -> 1 c t h w") / 127.5 - 1
+    latents = codec.encode(frames)[None]
+    cache: dict = {}
+    noisy = vae.post_quant_conv(rearrange(latents + noise, "1 c t h w -> t c h w"))
+    decoded = torch.cat([vae.decoder(latent, cache) for latent in noisy.split(1)])  # not clamped: that has no gradient
+    wanted = rearrange(video, "1 c t h w -> t c h w")
+    return ((vae.encode(video)[0] - latents).square().mean(), F.smooth_l1_loss(decoded, wanted, beta=0.1),
+            (decoded.clamp(-1, 1) - wanted).square().mean())
+
+
+def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None) -> None:
+    codec = load_codec(folder / "codec.safetensors")
+    torch.manual_seed(0)
+    vae = VAE(VAE_CONFIG)
+    with torch.no_grad():  # a posterior without spread, which nothing trains
+        vae.quant_conv.weight[VAE_CONFIG.z_dim :], vae.quant_conv.bias[VAE_CONFIG.z_dim :] = 0, -30
+    if start is not None:
+        vae.load_state_dict(load_file(start / "vae" / f"{STEM}.safetensors"))
+
+    def accumulate(network: VAE, step: int, rank: int) -> float:
+        draws, total = torch.Generator().manual_seed(step * 64 + rank), 0.0
+        for index in range(size):
+            clip = make_clip(HELD_OUT // 2 + (step * 64 + rank) * size + index, 9, SIZE)
+            noise = 0.1 * torch.rand(1, generator=draws) * torch.randn(1, 16, 3, SIZE[0] // 8, SIZE[1] // 8, generator=draws)
+            latent, picture, _ = vae_losses(network, codec, clip.frames, noise)
+            loss = (latent + 4 * picture) / size
+            loss.backward()
+            total += loss.item()
+        return total
+
+    @torch.no_grad()
+    def validate(network: VAE) -> dict:
+        clips = [make_clip(HELD_OUT + 500 + index, 9, SIZE).frames for index in range(16)]
+        latent, _, square = torch.tensor([vae_losses(network, codec, clip, torch.zeros(1)) for clip in clips]).mean(0)
+        return {"latent": latent.item(), "psnr": 10 * math.log10(4 / square.item())}
+
+    fit(vae, accumulate, validate, recipe, folder / "vae.safetensors")
+
+
+def make_tokenizer(folder: Path, captions: list[str]) -> None:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(captions), model_prefix=str(folder / "spiece"), vocab_size=UMT5.vocab_size, pad_id=0, eos_id=1,
+        unk_id=2, bos_id=-1, byte_fallback=True, model_type="bpe", hard_vocab_limit=False, minloglevel=2)
+
+
+# -------------------------------------------------------------------------------------------------------------- export
+
+
+def averaged_weights(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """What `fit` left of a network's (or one of its parts') averaged weights, in half precision."""
+    start = f"average.{prefix}"
+    return {key.removeprefix(start): value.half() for key, value in load_file(path).items() if key.startswith(start)}
+
+
+def export(folder: Path, target: Path) -> None:
+    """The miniature in the official layout, from the averaged weights of all parts."""
+
+    def write(part: str, class_name: str, config, weights: dict[str, Tensor], stem: str) -> None:
+        (target / part).mkdir(parents=True, exist_ok=True)
+        content = {"_class_name": class_name} | {key: value for key, value in asdict(config).items() if value is not None}
+        (target / part / "config.json").write_text(json.dumps(content, indent=1) + "\n")
+        save_file(weights, target / part / f"{stem}.safetensors")
+
+    state = folder / "dit.safetensors"
+    write("transformer", "HeliosTransformer3DModel", HELIOS, averaged_weights(state, "transformer."), STEM)
+    write("text_encoder", "UMT5EncoderModel", UMT5, averaged_weights(state, "text_encoder."), "model")
+    write("vae", "AutoencoderKLWan", VAE_CONFIG, averaged_weights(folder / "vae.safetensors"), STEM)
+    for name in ("tokenizer", "scheduler"):
+        (target / name).mkdir(exist_ok=True)
+    shutil.copyfile(folder / "spiece.model", target / "tokenizer" / "spiece.model")
+    shutil.copyfile(folder / "codec.safetensors", target / "codec.safetensors")  # only for training to go on from here
+    scheduler = {"_class_name": "HeliosScheduler", "scheduler_type": SCHEDULE.sampler, "stages": 1, "stage_range": [0, 1]}
+    (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
+    index = {"_class_name": "HeliosPipeline", "is_distilled": False, "num_inference_steps": 8, "guidance_scale": 1.0,
+             "max_sequence_length": TEXT_ROWS, "height": SIZE[0], "width": SIZE[1]}
+    for name, library, kind in (("scheduler", "diffusers", "HeliosScheduler"), ("text_encoder", "transformers", "UMT5EncoderModel"),
+                                ("tokenizer", "transformers", "T5Tokenizer"), ("vae", "diffusers", "AutoencoderKLWan"),
+                                ("transformer", "diffusers", "HeliosTransformer3DModel")):
+        index[name] = [library, kind]
+    (target / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=("clips", "dit", "vae", "export"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="clips, states and logs")
+    parser.add_argument("--parts", type=int, default=40, help="clips: files of 50")
+    parser.add_argument("--steps", type=int, default=20000)
+    parser.add_argument("--decay", type=int, default=1, help="steps at the end over which the learning rate falls")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--start", type=Path, help="an exported folder whose codec, tokenizer and weights to begin with")
+    parser.add_argument("--target", type=Path, default=Path("weights/mini"), help="export: where to")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(args.steps, args.decay, args.lr)
+    if args.part == "clips":
+        codec = args.folder / "codec.safetensors"
+        if args.start is not None:
+            shutil.copyfile(args.start / "codec.safetensors", codec)
+            shutil.copyfile(args.start / "tokenizer" / "spiece.model", args.folder / "spiece.model")
+        elif not codec.is_file():
+            save_codec(fit_codec(range(HELD_OUT, HELD_OUT + 200)), codec)
+            make_tokenizer(args.folder, [caption(make_scene(Random(seed))) for seed in range(HELD_OUT, HELD_OUT + 2000)])
+        make_parts(load_codec(codec), args.folder, range(args.parts))
+    elif args.part == "export":
+        export(args.folder, args.target)
+    else:
+        {"dit": train_dit, "vae": train_vae}[args.part](args.folder, recipe, args.batch, args.start)
+
+
+if __name__ == "__main__":
+    main()

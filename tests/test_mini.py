@@ -1,0 +1,193 @@
+"""The miniature's making: its latent space, its histories, its training loop, and what is exported."""
+
+import json
+from copy import deepcopy
+from random import Random
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mini import ablate, pretrain
+from mini.ablate import measure
+from mini.latents import FRAMES, SIZE, encode_clip, fit_codec, load_codec, make_parts, save_codec, symmetries
+from mini.pretrain import (HELD_OUT, VAE_CONFIG, Clips, Generator, Recipe, draw_start, export, fit, history, make_tokenizer,
+                           save_state, vae_losses, velocity_loss)
+from mini.world import caption, make_clip, make_scene
+from sample import main as sample
+from text import Tokenizer
+from vae import VAE
+from wah import Options, Rollout, load_models, load_options, native_size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A codec of a few clips, a tokenizer, and one file of three clips."""
+    folder = tmp_path_factory.mktemp("mini")
+    save_codec(fit_codec(range(HELD_OUT, HELD_OUT + 12)), folder / "codec.safetensors")
+    make_tokenizer(folder, [caption(make_scene(Random(seed))) for seed in range(300)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mini.latents.PART", 3)
+        make_parts(load_codec(folder / "codec.safetensors"), folder, range(1))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clips(folder):
+    return Clips(folder, Tokenizer(folder))
+
+
+def test_symmetries_are_linear_maps_of_the_latents(clips):
+    frames, codec = make_clip(3, 9, SIZE).frames, clips.codec
+    for which, (flip, order) in enumerate(symmetries()):
+        turned = frames[..., list(order)]
+        turned = turned.flip(-2) if flip else turned
+        torch.testing.assert_close(codec.transform(codec.encode(frames), which), codec.encode(turned), rtol=0, atol=1e-4)
+
+
+def test_components_that_belong_together_are_kept_together():
+    """Two colour components of equal strength must not be parted by the cut after the sixteenth."""
+    with pytest.raises(ValueError, match="more clips"):
+        fit_codec(range(HELD_OUT, HELD_OUT + 4))
+
+
+def test_latents_of_a_clip(clips):
+    """The layout of the VAE: the first latent is the first frame's alone, in every chunk of both directions."""
+    latents, words = encode_clip(clips.codec, 0)
+    assert latents.shape == (2, 3, 16, 9, 8, 12) and words == clips.captions[0]
+    torch.testing.assert_close(torch.from_numpy(clips.clips[0].copy()).float(), latents, rtol=0, atol=2e-2)
+    clip = make_clip(0, FRAMES, SIZE)
+    torch.testing.assert_close(latents[0, 1, :, :1], clips.codec.encode(clip.frames[33:34]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(latents[1, 0, :, :1], clips.codec.encode(clip.frames[-1:]), rtol=0, atol=1e-5)
+    restored, wanted = clips.codec.decode(latents[0, 0]), clip.frames[:33] / 127.5 - 1
+    assert (restored - wanted).square().mean() < 0.02
+
+
+def test_training_histories_are_those_of_a_rollout(folder, exported):
+    """A continued clip sees what `Rollout.native_history` shows before a later chunk."""
+    models = load_models(exported, "cpu")
+    latents = torch.randn(3, 16, 9, 8, 12)
+    rollout = Rollout(models, None, SIZE, torch.Generator(), options=Options(steps=(1,)))
+    rollout.prefix = latents[None, 0, :, :1]
+    rollout.native = torch.cat([torch.zeros(1, 16, 18, 8, 12), rollout.prefix], dim=2)
+    rng = Random(0)
+    for chunk, kind in ((0, "image"), (1, "continue"), (2, "continue")):
+        expected = rollout.native_history()
+        rollout.native = torch.cat([rollout.native, latents[None, chunk]], dim=2)[:, :, -19:]
+        while True:  # until the draw is this chunk, from the clip's beginning, with the whole history
+            target, prefix, native = draw_start(latents, rng, kind)
+            if torch.equal(target, latents[chunk]) and torch.equal(prefix, latents[0, :, :1]) and native[:, 0].eq(0).all() == (chunk < 2):
+                actual = history(prefix[None], native[None], bands=True)
+                if torch.equal(actual.long.latents, expected.long.latents):
+                    break
+        for name in ("short", "mid", "long"):
+            ours, theirs = getattr(actual, name), getattr(expected, name)
+            assert torch.equal(ours.latents, theirs.latents) and torch.equal(ours.indices, theirs.indices), name
+        assert torch.equal(actual.indices, expected.indices)
+
+
+def test_batches(clips):
+    batch = clips.batch(Random(1), torch.Generator().manual_seed(1), 8, "continue")
+    assert batch["clean"].shape == (8, 16, 9, 8, 12) and batch["native"].shape == (8, 16, 19, 8, 12)
+    assert {"", *clips.captions} >= set(batch["captions"]) and "" in batch["captions"]
+    again = clips.batch(Random(1), torch.Generator().manual_seed(1), 8, "continue")
+    assert torch.equal(batch["native"], again["native"])
+    text = clips.batch(Random(1), torch.Generator().manual_seed(1), 8, "text")
+    assert not text["native"].any() and "" not in text["captions"]
+
+
+def test_fit_goes_on_where_it_stopped(tmp_path):
+    """Two steps and then two more are four, bit for bit, for both optimisers and the average."""
+
+    def run(path, *stops):
+        for steps in stops:
+            torch.manual_seed(0)
+            network = nn.ModuleDict({"block": nn.Linear(6, 6), "head": nn.Linear(6, 1)})
+
+            def accumulate(network, step, rank):
+                x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
+                loss = (network["head"](network["block"](x).tanh()) - x[:, :1]).square().mean()
+                loss.backward()
+                return loss.item()
+
+            fit(network, accumulate, lambda averaged: {"mean": averaged["head"].weight.mean().item()},
+                Recipe(steps, 1, every=1), path)
+        return load_file(path), [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
+
+    (straight, log), (broken, other) = run(tmp_path / "a.safetensors", 4), run(tmp_path / "b.safetensors", 2, 4)
+    assert straight.keys() == broken.keys() and any("momentum" in key for key in straight)
+    for key, value in straight.items():
+        assert torch.equal(value, broken[key]), key
+    assert [{**line, "seconds": 0} for line in log] == [{**line, "seconds": 0} for line in other] and len(log) == 4
+
+
+@pytest.fixture(scope="module")
+def exported(folder):
+    torch.manual_seed(0)
+    generator, vae = Generator(), VAE(VAE_CONFIG)
+    generator.initialize()
+    save_state(folder / "dit.safetensors", 0, generator, deepcopy(generator), [])
+    save_state(folder / "vae.safetensors", 0, vae, deepcopy(vae), [])
+    export(folder, folder / "exported")
+    return folder / "exported"
+
+
+def test_an_export_is_a_whole_model(exported, tmp_path, monkeypatch):
+    assert native_size(exported) == SIZE and load_options(exported) == Options(steps=(8,), guidance=1.0)
+    total = sum(path.stat().st_size for path in exported.rglob("*") if path.is_file())
+    assert total < 25e6
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    words = ["--image", str(pretrain.__file__).replace("mini/pretrain.py", "data/hall.png"), "--prompt", "a room"]
+    assert sample([*words, "--weights", str(exported), "--out", "out.mp4"]) == 0
+    assert (tmp_path / "out.mp4").is_file()
+
+
+def test_losses_fall(clips):
+    """Some steps on one batch teach the transformer it, and the VAE one clip."""
+    torch.manual_seed(0)
+    generator, vae = Generator(), VAE(VAE_CONFIG)
+    generator.initialize()
+    draws = torch.Generator().manual_seed(0)
+    batch = clips.batch(Random(0), draws, 2, "image")
+    noise, frames = torch.randn(batch["clean"].shape, generator=draws), make_clip(1, 5, SIZE).frames
+    for network, loss_of in ((generator, lambda: velocity_loss(generator, clips, batch, torch.rand(2, generator=draws), noise, True)),
+                             (vae, lambda: sum(vae_losses(vae, clips.codec, frames, torch.zeros(1))[:2]))):
+        optimizer, losses = torch.optim.AdamW(network.parameters(), lr=2e-3), []
+        for _ in range(25):
+            optimizer.zero_grad()
+            loss = loss_of()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), losses
+
+
+def test_exact_warps_show_the_truth():
+    scene = make_scene_of(HELD_OUT + 2000)
+    warp = scene.warps["exact, black"]
+    assert warp.visible[0, 0, 0].all()
+    torch.testing.assert_close(warp.frames[:, :, 0], scene.video[:, :, 0], rtol=0, atol=1e-3)
+    measured = measure(warp.frames, scene)
+    assert measured["psnr visible"] > 28 and measured["ssim visible"] > 0.7 and measured["psnr invisible"] < 20
+    perfect = measure(scene.video, scene)
+    assert perfect["psnr all"] > 99 and perfect["ssim all"] == pytest.approx(1, abs=1e-4)
+    mean = scene.warps["exact"].frames[:, :, -1][:, :, ~scene.visible[0, 0, -1]]
+    torch.testing.assert_close(mean[0, :, 0], scene.video[0, :, 0].mean((1, 2)))
+
+
+def make_scene_of(seed):
+    return next(scene for scene in (ablate.make_scene(seed + index, None, SIZE) for index in range(40)) if scene)
+
+
+def test_ablation_table(exported, tmp_path, monkeypatch):
+    """Every variant is measured on the same scenes and seeds."""
+    monkeypatch.setattr("sys.argv", ["ablate", "--weights", str(exported), "--scenes", "1", "--seeds", "2", "--out", str(tmp_path)])
+    ablate.main()
+    table = (tmp_path / "ablation.md").read_text().splitlines()
+    names = [line.split("|")[1].strip() for line in table[2:]]
+    assert names[:4] == ["copy the warp", "VAE of the truth", "no camera", "not aligned, dropped"] and len(names) == 8
+    results = json.loads((tmp_path / "ablation.json").read_text())
+    assert [len(rows) for rows in results.values()] == [1, 1] + [2] * 6
+    assert (tmp_path / "ablation.png").is_file()
