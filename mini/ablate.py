@@ -91,7 +91,7 @@ def make_scene(seed: int, pi3x: Pi3X | None, size: tuple[int, int]) -> Scene | N
 
 
 def ssim_map(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity [1, 1, T, H, W] of videos in [-1, 1]: Gaussian window of deviation 1.5, mean of channels."""
+    """Structural similarity [1, 1, T, H, W] of videos in [-1, 1]: Gaussian window of 1.5 pixels, mean of channels."""
     x = torch.arange(-5.0, 6)
     window = torch.exp(-x.square() / 4.5)
     kernel = (window[:, None] * window / window.sum() ** 2)[None, None]

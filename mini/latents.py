@@ -98,15 +98,15 @@ def load_codec(path: Path) -> Codec:
 
 
 def encode_clip(codec: Codec, seed: int) -> tuple[Tensor, str]:
-    """Latents [2, 3, 16, 9, h, w] of three chunks, each encoded by itself as in a rollout, forward and backward in time,
-    and the clip's caption."""
+    """Latents [2, 3, 16, 9, h, w] of three chunks, each encoded by itself as in a rollout, forward and backward in
+    time, and the clip's caption."""
     clip = make_clip(seed, FRAMES, SIZE)
     both = torch.stack([clip.frames, clip.frames.flip(0)])
     return codec.encode(rearrange(both, "d (k t) h w c -> d k t h w c", k=CHUNKS)), clip.caption
 
 
 def make_parts(codec: Codec, folder: Path, parts: range) -> None:
-    """Write clips as files of `PART`; seeds count from 0. Parts that exist are kept, so this goes on where it stopped."""
+    """Write clips as files of `PART`; seeds count from 0. What exists is kept, so this goes on where it stopped."""
     for part in parts:
         path = folder / f"clips_{part:04d}.npy"
         if path.is_file():

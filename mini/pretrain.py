@@ -7,10 +7,10 @@
     python -m mini.pretrain export                        # weights/mini in the official layout
     python -m mini.pretrain dit --start weights/mini ...  # go on from an export, where no state was kept
 
-The transformer learns to continue videos and nothing else: no camera, no warp. Its histories are those of native Helios:
-the first frame and the latest 19 latents in three bands, cut short at random, slightly noised, or only a picture. Each
-part can be stopped at any time and goes on where it was; every step draws from a generator of its own. Needs torch 2.9
-for its Muon optimiser.
+The transformer learns to continue videos and nothing else: no camera, no warp. Its histories are those of native
+Helios: the first frame and the latest 19 latents in three bands, cut short at random, slightly noised, or only a
+picture. Each part can be stopped at any time and goes on where it was; every step draws from a generator of its own.
+Needs torch 2.9 for its Muon optimiser.
 """
 
 import argparse
@@ -41,10 +41,11 @@ from vae import VAE, VAEConfig
 from wah import BANDS, CHUNK, FIRST_TARGET
 
 SCHEDULE = Schedule(sampler="euler", stages=1, stage_range=(0, 1))
-HELIOS = HeliosConfig(num_attention_heads=4, attention_head_dim=48, num_layers=6, ffn_dim=512, text_dim=64, freq_dim=128,
-                      rope_dim=(16, 16, 16), rope_theta=100.0)
+HELIOS = HeliosConfig(num_attention_heads=4, attention_head_dim=48, num_layers=6, ffn_dim=512, text_dim=64,
+                      freq_dim=128, rope_dim=(16, 16, 16), rope_theta=100.0)
 UMT5 = UMT5Config(vocab_size=640, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-VAE_CONFIG = VAEConfig(base_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, latents_mean=(0.0,) * 16, latents_std=(1.0,) * 16)
+VAE_CONFIG = VAEConfig(base_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, latents_mean=(0.0,) * 16,
+                       latents_std=(1.0,) * 16)
 STEM = "diffusion_pytorch_model"
 TEXT_ROWS = 64  # of the prompt embeddings; the official pipelines pad to 512
 HELD_OUT = 10**6  # seeds from here on are never trained on
@@ -94,7 +95,8 @@ def save_state(path: Path, step: int, network: nn.Module, averaged: nn.Module, o
 def load_state(path: Path, network: nn.Module, averaged: nn.Module, optims: list) -> int:
     tensors = load_file(path)
     for prefix, module in (("network.", network), ("average.", averaged)):
-        module.load_state_dict({key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)})
+        mine = {key: value for key, value in tensors.items() if key.startswith(prefix)}
+        module.load_state_dict({key.removeprefix(prefix): value for key, value in mine.items()})
     for group, optim in enumerate(optims):
         state: dict[int, dict] = {}
         for key, value in tensors.items():
@@ -107,8 +109,8 @@ def load_state(path: Path, network: nn.Module, averaged: nn.Module, optims: list
 
 def fit(network: nn.Module, accumulate: Callable[[nn.Module, int, int], float], validate: Callable[[nn.Module], dict],
         recipe: Recipe, path: Path) -> None:
-    """Train `network`, whose weights are initialised: `accumulate(network, step, rank)` adds a step's gradients and returns
-    its loss, `validate` measures the averaged weights. State and log go to `path`."""
+    """Train `network`, whose weights are initialised: `accumulate(network, step, rank)` adds a step's gradients and
+    returns its loss, `validate` measures the averaged weights. State and log go to `path`."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -138,7 +140,8 @@ def fit(network: nn.Module, accumulate: Callable[[nn.Module, int, int], float], 
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
             if rank == 0:
                 done = step + 1 - max(start, (step // recipe.every) * recipe.every)
-                line = {"step": step + 1, "loss": total / done, "seconds": time.perf_counter() - begin, **validate(averaged)}
+                line = {"step": step + 1, "loss": total / done, "seconds": time.perf_counter() - begin}
+                line |= validate(averaged)
                 with path.with_suffix(".jsonl").open("a") as log:
                     log.write(json.dumps({key: round(value, 5) for key, value in line.items()}) + "\n")
                 save_state(path, step + 1, network, averaged, optims)
@@ -171,8 +174,9 @@ def history(prefix: Tensor, native: Tensor, bands: bool) -> History:
     """The bands of native Helios from the first latent [B, 16, 1, h, w] and the latest 19."""
     long, mid, short = native.split(BANDS, dim=2)
     time_long, time_mid, time_short, target = torch.arange(1, FIRST_TARGET + CHUNK).split([*BANDS, CHUNK])
-    return History(short=Band(torch.cat([prefix, short], 2), torch.cat([torch.zeros(1, dtype=torch.long), time_short])),
-                   mid=Band(mid, time_mid) if bands else None, long=Band(long, time_long) if bands else None, indices=target)
+    time_short = torch.cat([torch.zeros(1, dtype=torch.long), time_short])
+    return History(short=Band(torch.cat([prefix, short], 2), time_short), mid=Band(mid, time_mid) if bands else None,
+                   long=Band(long, time_long) if bands else None, indices=target)
 
 
 def draw_start(clip: Tensor, rng: Random, kind: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -201,15 +205,16 @@ class Clips:
             index, turn = rng.randrange(len(self.clips)), rng.randrange(12)
             clip = torch.from_numpy(self.clips[index][rng.randrange(2)].astype(np.float32))
             parts.append(draw_start(self.codec.transform(clip, turn), rng, kind))
-            named = symmetries()[turn][1] == (0, 1, 2) or kind == "text"  # other channel orders change the colours' names
-            captions.append(self.captions[index] if named else "")
+            true_colors = symmetries()[turn][1] == (0, 1, 2)  # else the caption's names of colours would be wrong
+            captions.append(self.captions[index] if true_colors or kind == "text" else "")
         clean, prefix, native = (torch.stack(part) for part in zip(*parts))
 
         def noised(x: Tensor) -> Tensor:
             share = 0.135 * torch.rand(size, 1, x.shape[2], 1, 1, generator=generator)
             return share * torch.randn(x.shape, generator=generator) + (1 - share) * x
 
-        return {"clean": clean, "prefix": noised(prefix), "native": noised(native) * (native != 0), "captions": captions}
+        native = noised(native) * (native != 0)
+        return {"clean": clean, "prefix": noised(prefix), "native": native, "captions": captions}
 
 
 def embed_captions(generator: Generator, tokenizer: Tokenizer, captions: list[str]) -> Tensor:
@@ -293,7 +298,8 @@ def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None) -> No
         draws, total = torch.Generator().manual_seed(step * 64 + rank), 0.0
         for index in range(size):
             clip = make_clip(HELD_OUT // 2 + (step * 64 + rank) * size + index, 9, SIZE)
-            noise = 0.1 * torch.rand(1, generator=draws) * torch.randn(1, 16, 3, SIZE[0] // 8, SIZE[1] // 8, generator=draws)
+            shape = 1, 16, 3, SIZE[0] // 8, SIZE[1] // 8
+            noise = 0.1 * torch.rand(1, generator=draws) * torch.randn(shape, generator=draws)
             latent, picture, _ = vae_losses(network, codec, clip.frames, noise)
             loss = (latent + 4 * picture) / size
             loss.backward()
@@ -313,8 +319,8 @@ def make_tokenizer(folder: Path, captions: list[str]) -> None:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(captions), model_prefix=str(folder / "spiece"), vocab_size=UMT5.vocab_size, pad_id=0, eos_id=1,
-        unk_id=2, bos_id=-1, byte_fallback=True, model_type="bpe", hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(captions), model_prefix=str(folder / "spiece"), vocab_size=UMT5.vocab_size, pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, byte_fallback=True, model_type="bpe", hard_vocab_limit=False, minloglevel=2)
 
 
 # -------------------------------------------------------------------------------------------------------------- export
@@ -331,7 +337,7 @@ def export(folder: Path, target: Path) -> None:
 
     def write(part: str, class_name: str, config, weights: dict[str, Tensor], stem: str) -> None:
         (target / part).mkdir(parents=True, exist_ok=True)
-        content = {"_class_name": class_name} | {key: value for key, value in asdict(config).items() if value is not None}
+        content = {"_class_name": class_name, **asdict(config)}
         (target / part / "config.json").write_text(json.dumps(content, indent=1) + "\n")
         save_file(weights, target / part / f"{stem}.safetensors")
 
@@ -343,14 +349,14 @@ def export(folder: Path, target: Path) -> None:
         (target / name).mkdir(exist_ok=True)
     shutil.copyfile(folder / "spiece.model", target / "tokenizer" / "spiece.model")
     shutil.copyfile(folder / "codec.safetensors", target / "codec.safetensors")  # only for training to go on from here
-    scheduler = {"_class_name": "HeliosScheduler", "scheduler_type": SCHEDULE.sampler, "stages": 1, "stage_range": [0, 1]}
+    scheduler = {"_class_name": "HeliosScheduler", "scheduler_type": SCHEDULE.sampler, "stages": SCHEDULE.stages,
+                 "stage_range": SCHEDULE.stage_range}
     (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
     index = {"_class_name": "HeliosPipeline", "is_distilled": False, "num_inference_steps": 8, "guidance_scale": 1.0,
              "max_sequence_length": TEXT_ROWS, "height": SIZE[0], "width": SIZE[1]}
-    for name, library, kind in (("scheduler", "diffusers", "HeliosScheduler"), ("text_encoder", "transformers", "UMT5EncoderModel"),
-                                ("tokenizer", "transformers", "T5Tokenizer"), ("vae", "diffusers", "AutoencoderKLWan"),
-                                ("transformer", "diffusers", "HeliosTransformer3DModel")):
-        index[name] = [library, kind]
+    index |= {"scheduler": ["diffusers", "HeliosScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+              "tokenizer": ["transformers", "T5Tokenizer"], "vae": ["diffusers", "AutoencoderKLWan"],
+              "transformer": ["diffusers", "HeliosTransformer3DModel"]}
     (target / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
@@ -363,7 +369,7 @@ def main() -> None:
     parser.add_argument("--decay", type=int, default=1, help="steps at the end over which the learning rate falls")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--start", type=Path, help="an exported folder whose codec, tokenizer and weights to begin with")
+    parser.add_argument("--start", type=Path, help="an export, whose codec, tokenizer or weights to begin with")
     parser.add_argument("--target", type=Path, default=Path("weights/mini"), help="export: where to")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -375,7 +381,8 @@ def main() -> None:
             shutil.copyfile(args.start / "tokenizer" / "spiece.model", args.folder / "spiece.model")
         elif not codec.is_file():
             save_codec(fit_codec(range(HELD_OUT, HELD_OUT + 200)), codec)
-            make_tokenizer(args.folder, [caption(make_scene(Random(seed))) for seed in range(HELD_OUT, HELD_OUT + 2000)])
+            seeds = range(HELD_OUT, HELD_OUT + 2000)
+            make_tokenizer(args.folder, [caption(make_scene(Random(seed))) for seed in seeds])
         make_parts(load_codec(codec), args.folder, range(args.parts))
     elif args.part == "export":
         export(args.folder, args.target)
