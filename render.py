@@ -111,6 +111,14 @@ def pinhole(fov_x: float, height: int, width: int) -> Tensor:
     return torch.tensor([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
 
 
+def stretch(K: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """`K` [...,3,3] of a picture of the `old` size (H, W) after it was resized to the `new` one."""
+    factors = torch.tensor([new[1] / old[1], new[0] / old[0], 1.0])
+    K = factors[:, None] * K
+    K[..., :2, 2] += (factors[:2] - 1) / 2  # pixel centres are integers, so the corner is at -1/2
+    return K
+
+
 def unproject(depth: Tensor, K: Tensor, c2w: Tensor) -> Tensor:
     """World points [H,W,3] of a depth map [H,W]."""
     rows, columns = (torch.arange(n, device=depth.device, dtype=depth.dtype) for n in depth.shape)
@@ -132,9 +140,7 @@ def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor) -> Geometry:
     known = depth.isfinite() & (depth > 0)
     weight = resize(known.float()[None, None], size)[0, 0]
     depth = resize(torch.where(known, depth, 0)[None, None], size)[0, 0] / weight  # unknown neighbours don't count
-    stretch = torch.tensor([size[1] / width, size[0] / height, 1.0])
-    K = stretch[:, None] * K.cpu()
-    K[:2, 2] += (stretch[:2] - 1) / 2  # pixel centres are integers, so the corner is at -1/2
+    K = stretch(K.cpu(), (height, width), size)
     c2w = torch.eye(4)
     valid = weight >= 0.5
     depth = torch.where(valid, depth, 0)
@@ -177,13 +183,17 @@ def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None) -> l
     seen = geometry_size(*shape, min(PIXEL_LIMIT, network.config.pixels)) if limit is None else size
     prediction = network(show(seen)[None])
     colors = rearrange(to_u8(show(size)), "n c h w -> n h w c")
-    maps = prediction.points[0], prediction.local_points[0], prediction.confidence[0, ..., None].sigmoid()
+    intrinsics, poses = focal_from_rays(prediction.local_points[0]).cpu(), prediction.c2w[0].cpu()
+    maps = prediction.points[0], prediction.local_points[0], prediction.confidence[0].sigmoid()
     if seen != size:
-        maps = [rearrange(resize(rearrange(x, "n h w c -> n c h w"), size), "n c h w -> n h w c") for x in maps]
-    intrinsics = focal_from_rays(maps[1]).cpu()
+        intrinsics = stretch(intrinsics, seen, size)
+        depths, confidences = (resize(x[:, None], size)[:, 0] for x in (maps[1][..., 2], maps[2]))
+        points, local = (torch.stack([unproject(*each) for each in zip(depths, intrinsics, cameras)])
+                         for cameras in (poses, torch.eye(4).expand_as(poses)))
+        maps = points, local, confidences
     geometries = []
-    for points, local, confidence, K, c2w, rgb in zip(*maps, intrinsics, prediction.c2w[0].cpu(), colors):
-        depth, confidence = local[..., 2], confidence[..., 0]
+    for points, local, confidence, K, c2w, rgb in zip(*maps, intrinsics, poses, colors):
+        depth = local[..., 2]
         valid = (confidence > MIN_CONFIDENCE) & local.isfinite().all(-1) & (depth > 0)
         valid = valid & ~mesh_break(points, depth, valid)
         geometries.append(Geometry(points, depth, confidence, valid, K, c2w, rgb))
