@@ -9,12 +9,14 @@ the official code ignores too.
 """
 
 import os
+import subprocess
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 import torch
 from einops import rearrange
@@ -168,24 +170,34 @@ def beside(out: Path, **endings: str) -> dict[str, Path]:
     return {"video": out} | {name: out.with_name(out.stem + ending) for name, ending in endings.items()}
 
 
+def temporary(path: Path) -> Path:
+    """The name under which an output is written until it is complete."""
+    return path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+
+
+def check_outputs(outputs: dict[str, Path], inputs: Iterable[Path]) -> None:
+    """Raises ValueError or OSError for what would overwrite an input or another output, or can't be written."""
+    taken = {path.resolve() for path in inputs}
+    for path in outputs.values():
+        if path.resolve() in taken:
+            raise ValueError(f"{path}: this output would overwrite an input or another output")
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path}: expected the name of a file, this is something else")
+        taken.add(path.resolve())
+        try:
+            temporary(path).touch()
+            temporary(path).unlink()
+        except OSError as error:
+            raise OSError(f"{path}: can't be written ({error.strerror})") from None
+
+
 @contextmanager
 def replacing(outputs: dict[str, Path], inputs: Iterable[Path]) -> Iterator[dict[str, Path]]:
     """Temporary names for `outputs`. They become the real ones, all of them, when the block ends without an error, and
     are gone otherwise. What can't be written, or would overwrite an input or another output, is an error at once."""
-    taken, partials = {path.resolve() for path in inputs}, {}
+    check_outputs(outputs, inputs)
+    partials = {name: temporary(path) for name, path in outputs.items()}
     try:
-        for name, path in outputs.items():
-            if path.resolve() in taken:
-                raise ValueError(f"{path}: this output would overwrite an input or another output")
-            if path.exists() and not path.is_file():
-                raise ValueError(f"{path}: expected the name of a file, this is something else")
-            taken.add(path.resolve())
-            partial = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-            try:
-                partial.touch()
-            except OSError as error:
-                raise OSError(f"{path}: can't be written ({error.strerror})") from None
-            partials[name] = partial
         yield partials
         for name, path in outputs.items():
             os.replace(partials[name], path)
@@ -206,7 +218,7 @@ class VideoWriter:
             path, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", quality=None,
             macro_block_size=1, output_params=["-crf", "17"], ffmpeg_log_level="quiet",
         )
-        self.failure = OSError(f"{path.parent}: a video could not be written whole; is there room on the disk?")
+        self.failure = cut_short(path)
 
     def write(self, frame: np.ndarray) -> None:
         """One frame [H,W,3] or [H,W] uint8."""
@@ -223,15 +235,43 @@ class VideoWriter:
 
     def __exit__(self, error_type, error, traceback) -> None:
         self.encoder.close()
-        if error_type is None and self.written() != self.count:  # a failed encoder says nothing when it closes
+        if error_type is None and count_frames(self.path) != self.count:  # a failed encoder says nothing when it closes
             raise self.failure
 
-    def written(self) -> int:
-        try:
-            with imageio.get_reader(self.path, format="FFMPEG") as reader:
-                return reader.count_frames()
-        except (OSError, ValueError, RuntimeError, IndexError):
-            return 0
+
+def write_video(path: Path, frames: np.ndarray, fps: float) -> None:
+    """All of `frames` [T,H,W,3] or [T,H,W] uint8 as an mp4."""
+    with VideoWriter(path, fps, frames.shape[1:3]) as video:
+        for frame in frames:
+            video.write(frame)
+
+
+def cut_short(path: Path) -> OSError:
+    return OSError(f"{path.parent}: a video could not be written whole; is there room on the disk?")
+
+
+def count_frames(video: Path) -> int:
+    """Frames of a video file; 0 if it can't be read."""
+    try:
+        with imageio.get_reader(video, format="FFMPEG") as reader:
+            return reader.count_frames()
+    except (OSError, ValueError, RuntimeError, IndexError):
+        return 0
+
+
+def join_videos(parts: list[Path], counts: list[int], fps: float, out: Path) -> None:
+    """One mp4 of several that `VideoWriter` made, all in one folder, without encoding anything anew. `counts` are their
+    frames. Raises OSError if the result does not hold them all."""
+    playlist = temporary(parts[0].with_suffix(".txt"))
+    try:
+        # Durations are rounded in the files, which would shift what comes after a joint.
+        playlist.write_text("".join(f"file {part.name}\nduration {count / fps:.6f}\n" for part, count in zip(parts, counts)))
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "quiet", "-f", "concat", "-i", playlist, "-c", "copy", "-y", out]
+        subprocess.run(command, stdin=subprocess.DEVNULL)
+    finally:
+        playlist.unlink(missing_ok=True)
+    if count_frames(out) != sum(counts):
+        raise cut_short(out)
 
 
 def save_png(path: Path, image: np.ndarray) -> None:

@@ -231,3 +231,20 @@ class Memory:
             del self.images[min(1, self.keyframes - 1)]  # the oldest but the first, which goes if only one may stay
         self.pose = self.end
         self.chunk += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next chunks depend on."""
+        reference = {f"reference.{name}": value for name, value in vars(self.reference).items()}
+        images = {f"image.{index}": image for index, image in enumerate(self.images)}
+        numbers = {"unit": torch.tensor(self.unit, dtype=torch.float64), "chunk": torch.tensor(self.chunk)}
+        poses = {name: pose for name, pose in (("pose", self.pose), ("end", self.end)) if pose is not None}
+        return reference | images | numbers | poses
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`; the next warps are equal to those of the Memory that it was."""
+        device = self.images[0].device
+        self.reference = Geometry(**{name: state[f"reference.{name}"].to(value.device)
+                                     for name, value in vars(self.reference).items()})
+        self.images = [state[f"image.{index}"].to(device) for index in range(sum(key.startswith("image.") for key in state))]
+        self.unit, self.chunk = state["unit"].item(), int(state["chunk"])
+        self.pose, self.end = state.get("pose"), state.get("end")

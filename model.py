@@ -160,8 +160,15 @@ class Linear(nn.Linear):
 
     adapter: tuple[Tensor, Tensor, float] | None = None  # A [r, in], B [out, r], alpha / r
 
+    def __init__(self, into: int, out: int):
+        super().__init__(into, out)
+        self.register_buffer("scale", None, persistent=False)  # [out] of a weight in float8 (`checkpoint.quantize`)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
+        if self.scale is None:
+            y = super().forward(x)
+        else:
+            y = F.linear(x, self.weight.to(x.dtype)) * self.scale + self.bias
         if self.adapter is None:
             return y
         down, up, scale = self.adapter
@@ -302,6 +309,7 @@ class Helios(nn.Module):
     fp32 = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")  # stay fp32 in a bf16 model
     aliases = {"scale_shift_table": "norm_out.scale_shift_table"}  # name in files of the older training code
     ignored: tuple[str, ...] = ()
+    fp8 = tuple(f"{layer}.weight" for layer in ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"))
 
     def __init__(self, config: HeliosConfig):
         super().__init__()
@@ -411,6 +419,11 @@ class Helios(nn.Module):
 
         count = self.config.num_layers
         return sum(block(index == 0, index == count - 1) for index in range(count))
+
+    def compile_blocks(self) -> None:
+        """Compile every block by itself, as one graph without breaks; embeddings and histories stay as they are."""
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)  # what is hooked before a block stays outside
 
     def set_lora(self, lora: Lora | None) -> None:
         """Attach a LoRA to its layers, or detach whatever is attached (None). Raises ValueError naming each misfit."""

@@ -4,8 +4,8 @@
 
 The camera is given as a file of poses, as moves ("forward 1, yaw -20"), or as a finished warp video with its mask; with none
 of them Helios runs as it is (text to video, image to video, or --image with a video that is to be continued). Everything is
-checked before the first file is written, frames stream into the mp4 as chunks arrive, and beside it a warp video and a
-contact sheet are left. Unlike the official program, which rounds up to whole chunks and cuts to 4n + 1 frames, the video
+checked before the first file is written. Every chunk is on disk as soon as it is made, and --continue goes on after the last
+one (output.py); at the end there is one mp4, and beside it a warp video and a contact sheet. Unlike the official program, which rounds up to whole chunks and cuts to 4n + 1 frames, the video
 has exactly the frames asked for.
 """
 
@@ -13,10 +13,10 @@ import argparse
 import itertools
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import islice
@@ -34,9 +34,11 @@ from camera import WINDOW, CameraPath, describe, load_path, move_path, path_erro
 from checkpoint import Lora, count_numbers, free_memory, load_lora, network_dtype, weight_files
 from flow import load_schedule
 from memory import Memory
+from output import Output, fingerprint
 from pi3x import Pi3X, load_pi3x
-from render import choose_fov, estimate, parse_size, place, run_program, to_u8
-from wah import Camera, Chunk, Options, Rollout, encode_prompts, load_models, load_options, make_warp, native_size, size_multiple
+from render import choose_fov, estimate, parse_size, place, run_program
+from wah import (MEMORY, Camera, Options, Rollout, encode_prompts, load_models, load_options, make_warp, native_size,
+                 size_multiple)
 
 
 def default_weights() -> Path:
@@ -46,7 +48,7 @@ def default_weights() -> Path:
     return released if released.is_dir() else root / "mini"
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("sample.py", usage=argparse.SUPPRESS,  # one line an error
                                      description="Make a video that follows a camera path through a picture.")
     parser.add_argument("--image", type=Path, help="first frame (any picture); a video here is continued")
@@ -75,8 +77,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                                                       " no-lag puts the masks of later Pi3X chunks in step")
     parser.add_argument("--save-latents", type=Path, help="also write the latents (.safetensors, key `latents`)")
     parser.add_argument("--check", action="store_true", help="measure with Pi3X how well the video follows (out_check.json)")
+    parser.add_argument("--continue", action="store_true", dest="resume", help="go on with the video that a run with the same"
+                        " words began; every chunk is saved")
+    parser.add_argument("--memory", choices=MEMORY, default="full", help="full: weights stay on the device; fp8: in half the"
+                        " room, with small errors; stream: they come from the file as they are needed (README.md has a table)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer: slow to begin, faster then")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    return argparse.Namespace(**vars(parser.parse_args(argv)), words=argv)
 
 
 def parse_ablation(text: str, options: Options) -> Options:
@@ -272,48 +279,12 @@ class Progress:
             self.bar.close()
 
 
-def to_frames(video: Tensor) -> np.ndarray:
-    """[1, C, T, H, W] in 0..1 -> [T, H, W, 3] uint8, gray repeated."""
-    return rearrange(to_u8(video[0]).expand(3, -1, -1, -1), "c t h w -> t h w c").cpu().numpy()
-
-
-class Output:
-    """The video, its warp and the tiles of the contact sheet, written to `files` as chunks arrive."""
-
-    def __init__(self, files: dict[str, Path], job: Job, closing: ExitStack):
-        self.frames, self.count = job.frames, 0
-        self.videos = {name: closing.enter_context(media.VideoWriter(files[file], job.fps, job.size))
-                       for name, file in (("result", "video"), ("warp", "warp")) if file in files}
-        self.picks = set(media.evenly_spaced(job.frames, 8))
-        self.kept: list[np.ndarray] | None = [] if "check" in files else None  # every fourth frame
-        rows = ("warp", "mask", "result") if job.led else ("result",)
-        self.tiles: dict[str, list[np.ndarray]] = {name: [] for name in rows}
-
-    def add(self, chunk: Chunk) -> None:
-        rows = {"result": to_frames(chunk.frames / 2 + 0.5)}
-        if chunk.warp is not None:
-            frames, visible = chunk.warp.frames[:, :, -WINDOW:], chunk.warp.visible[:, :, -WINDOW:]  # 34 begin before
-            rows |= {"warp": to_frames(frames / 2 + 0.5), "mask": to_frames(visible)}
-        for index in range(min(WINDOW, self.frames - self.count)):
-            for name, frames in rows.items():
-                if name in self.videos:
-                    self.videos[name].write(frames[index])
-                if self.count in self.picks:
-                    self.tiles[name].append(frames[index])
-            if self.kept is not None and self.count % CHECK_STRIDE == 0:
-                self.kept.append(rows["result"][index])
-            self.count += 1
-
-    def sheet(self) -> np.ndarray:
-        return media.contact_sheet({name: np.stack(tiles) for name, tiles in self.tiles.items()})
-
-
-def check_camera(pi3x: Pi3X, kept: list[np.ndarray], path: CameraPath) -> dict:
+def check_camera(pi3x: Pi3X, video: Path, path: CameraPath) -> dict:
     """The camera of every fourth frame, as Pi3X sees it, against the path that was asked for (`camera.path_error`)."""
-    frames = torch.from_numpy(np.stack(kept))
-    images = [rearrange(frame, "h w c -> 1 c h w") / 127.5 - 1 for frame in frames]
+    frames = islice(media.read_frames(video), 0, None, CHECK_STRIDE)
+    images = [rearrange(torch.from_numpy(frame), "h w c -> 1 c h w") / 127.5 - 1 for frame in frames]
     estimated = torch.stack([geometry.c2w for geometry in estimate(pi3x, images)])
-    wanted = path.c2w[(torch.arange(len(kept)) * CHECK_STRIDE).clamp(max=len(path.c2w) - 1)]
+    wanted = path.c2w[(torch.arange(len(images)) * CHECK_STRIDE).clamp(max=len(path.c2w) - 1)]
     return path_error(estimated, wanted)
 
 
@@ -326,30 +297,50 @@ def peak_memory(device: str) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory"
 
 
-def generate(args: argparse.Namespace, job: Job, output: Output) -> tuple[Rollout, float, list[Tensor]]:
-    """Load the networks and make the video; Ctrl-C after the first chunk ends it early. Returns the rollout, its seconds
-    and the latents, with those given in front as in the official latent output, if they are wanted."""
-    prompts = encode_prompts(args.weights, args.prompt, job.lora is not None, job.options.guidance > 1, args.device)
-    models = load_models(args.weights, args.device)
+# What can be another in a run that goes on; all else is what the video depends on.
+FREE = {"out", "save_latents", "check", "resume", "memory", "device", "words"}
+
+
+def describe_job(args: argparse.Namespace, job: Job) -> dict:
+    """What the video depends on; files and folders by what they hold."""
+    about = vars(args) | {"size": job.size, "frames": job.frames, "fps": job.fps, "fp8": args.memory == "fp8",
+                          "dtype": str(network_dtype(args.device)),
+                          "lora": Path(job.lora.source) if job.lora else None,
+                          "geometry": find_geometry(args.geometry, args.weights) if job.path else None}
+    return {name: fingerprint(value) if isinstance(value, Path) else value
+            for name, value in about.items() if name not in FREE}
+
+
+def generate(args: argparse.Namespace, job: Job, output: Output) -> Rollout:
+    """Load the networks and make the video; Ctrl-C after the first chunk ends it early."""
+    prompts = encode_prompts(args.weights, args.prompt, job.lora is not None, job.options.guidance > 1, args.device,
+                             args.memory)
+    models = load_models(args.weights, args.device, args.memory)
+    if args.compile:
+        models.transformer.compile_blocks()
     progress = Progress(job.options, models.schedule.sampler == "dmd", chunks=-(-job.frames // WINDOW))
     generator = torch.Generator("cpu").manual_seed(args.seed)
-    begin = time.perf_counter()
+    begin, already = time.perf_counter(), len(output.counts)
     rollout = Rollout(models, prompts, job.size, generator, **job.start, lora=job.lora, options=job.options,
                       on_step=progress)
-    latents = [rollout.given.cpu()]
+    if output.rollout is not None:
+        rollout.restore(output.rollout)
     try:
-        for control in job.controls:
-            chunk = rollout.next(**control)
-            output.add(chunk)
-            if args.save_latents is not None:
-                latents.append(chunk.latents.cpu())
+        for control in islice(job.controls, already, None):
+            output.add(rollout.next(**control), rollout)
     except KeyboardInterrupt:
         if not output.count:
             raise
-        print(f"\nstopped: keeping the {output.count} frames that are done")
+        words = shlex.join([*(word for word in args.words if word != "--continue"), "--continue"])
+        print(f"\nstopped: keeping the {output.count} frames that are done; to go on: python sample.py {words}")
     finally:
         progress.close()
-    return rollout, time.perf_counter() - begin, latents
+    seconds, made, work = time.perf_counter() - begin, len(output.counts) - already, rollout.flops / 1e12
+    if made:
+        frames = sum(output.counts[already:])
+        print(f"{seconds / made:.2f} s/chunk, {frames / seconds:.2f} frames/s, {work / seconds:.3g} TFLOP/s ({work:.3g} TFLOP"
+              f" counted in the transformer), peak {peak_memory(args.device)}")
+    return rollout
 
 
 def run(args: argparse.Namespace) -> None:
@@ -361,25 +352,24 @@ def run(args: argparse.Namespace) -> None:
         outputs["check"] = args.out.with_name(f"{args.out.stem}_check.json")
     given = args.image, args.poses, args.warp, args.mask, args.depth, args.geometry
     inputs = [path for path in given if path is not None]
-    with media.replacing(outputs, inputs) as files:
-        with ExitStack() as closing:
-            output = Output(files, job, closing)
-            rollout, seconds, latents = generate(args, job, output)
-        media.save_png(files["sheet"], output.sheet())
-        if "latents" in files:
-            files["latents"].write_bytes(save({"latents": torch.cat(latents, dim=2)}))
-        if "check" in files:
-            error = check_camera(job.pi3x(), output.kept, job.path)
-            files["check"].write_text(json.dumps(error, indent=1) + "\n")
-            print("camera check: " + ", ".join(f"{name} {value:.4g}" for name, value in error.items()))
+    media.check_outputs(outputs, inputs)
+    with Output(args.out, describe_job(args, job), args.resume, job.frames, job.fps, job.led) as output:
+        rollout = generate(args, job, output)
+        with media.replacing(outputs, inputs) as files:
+            for name in files.keys() & {"video", "warp"}:
+                output.join(f"_{name}.mp4", files[name])
+            media.save_png(files["sheet"], output.sheet())
+            if "latents" in files:
+                files["latents"].write_bytes(save({"latents": output.latents(rollout.given)}))
+            if "check" in files:
+                error = check_camera(job.pi3x(), files["video"], job.path)
+                files["check"].write_text(json.dumps(error, indent=1) + "\n")
+                print("camera check: " + ", ".join(f"{name} {value:.4g}" for name, value in error.items()))
     print(f"wrote {output.count} frames:", *outputs.values())
-    work = rollout.flops / 1e12
-    print(f"{seconds / rollout.chunk:.2f} s/chunk, {output.count / seconds:.2f} frames/s, {work / seconds:.3g} TFLOP/s"
-          f" ({work:.3g} TFLOP counted in the transformer), peak {peak_memory(args.device)}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_program("sample.py", run, parse(argv))
+    return run_program("sample.py", run, parse(sys.argv[1:] if argv is None else argv))
 
 
 if __name__ == "__main__":

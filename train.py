@@ -31,17 +31,18 @@ from tqdm import tqdm
 
 import media
 from camera import WINDOW
-from checkpoint import load, network_dtype, open_safetensors, read_json
+from checkpoint import network_dtype, open_safetensors, read_json
 from clips import (Clip, Conditions, Geometries, Source, draw_case, estimate_clip, item_order, known_geometry,
                    read_frames, read_sources)
 from flow import load_schedule
+from output import to_frames
 from pi3x import load_pi3x
 from render import parse_size, run_program
-from sample import default_weights, find_geometry, peak_memory, to_frames
-from text import Tokenizer, UMT5Encoder, encode_prompt
+from sample import default_weights, find_geometry, peak_memory
+from text import Tokenizer, encode_prompt
 from trainer import TARGETS, Recipe, Trainer, build_history, parse_recipe
-from wah import (NEGATIVE_PROMPT, TRIGGER, Camera, Models, Prompts, Rollout, load_models, load_options, native_size,
-                 size_multiple)
+from wah import (MEMORY, NEGATIVE_PROMPT, TRIGGER, Camera, Models, Prompts, Rollout, load_models, load_options,
+                 load_text_encoder, native_size, size_multiple)
 
 FREE = {"steps", "save_every", "sample_every", "checkpointing", "cache"}  # may change when a run goes on
 
@@ -151,11 +152,11 @@ def add_trigger(prompt: str) -> str:
     return prompt if prompt.startswith(TRIGGER) else f"{TRIGGER} {prompt}".strip()
 
 
-def encode_prompts(weights: Path, prompts: set[str], device: str) -> dict[str, Tensor]:
+def encode_prompts(weights: Path, prompts: set[str], device: str, memory: str = "full") -> dict[str, Tensor]:
     """Embeddings as `wah.encode_prompts` makes them; the text encoder is gone before anything else needs the memory."""
     tokenizer = Tokenizer(weights / "tokenizer")
     rows = read_json(weights / "model_index.json").get("max_sequence_length", 512)
-    encoder = load(UMT5Encoder, weights / "text_encoder", device, network_dtype(device))
+    encoder = load_text_encoder(weights, device, memory)
     return {prompt: encode_prompt(tokenizer, encoder, prompt, rows) for prompt in sorted(prompts)}
 
 
@@ -228,6 +229,8 @@ def check(args: argparse.Namespace) -> tuple[Recipe, tuple[int, int], list[Sourc
         raise ValueError(f"--device {args.device!r}: expected cpu, cuda or cuda:N")
     if args.device != "cpu" and int(args.device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {args.device}: there is no such device, {torch.cuda.device_count()} found")
+    if args.memory == "stream" and not recipe.checkpointing:
+        raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks once more")
     if not (args.weights / "model_index.json").is_file():
         raise ValueError(f"--weights {args.weights}: no model_index.json there; weights/README.md says what to get")
     schedule = load_schedule(args.weights)
@@ -247,13 +250,14 @@ def train(args: argparse.Namespace) -> None:
     run.check(args.resume, args.overwrite)
     clips = load_clips(args, sources, size, recipe)
     wanted = {clip.prompt for clip in clips} | ({sources[0].prompt, NEGATIVE_PROMPT} if recipe.sample_every else set())
-    embeddings = encode_prompts(args.weights, wanted, args.device)
-    models = load_models(args.weights, args.device)
+    embeddings = encode_prompts(args.weights, wanted, args.device, args.memory)
+    models = load_models(args.weights, args.device, args.memory)
     trainer = Trainer(models.transformer, models.schedule, recipe)
     conditions = Conditions(models.vae, clips, size, recipe.seed, recipe.cache, args.device)
     data = [{"video": source.video.name, "prompt": source.prompt, "geometry": clip.forward.path.name}
             for source, clip in zip(sources, clips)]  # the geometry's name stands for the frames too
-    about = {"base": args.weights.resolve().name, "size": size, "clips": data, "recipe": asdict(recipe)}
+    about = {"base": args.weights.resolve().name, "fp8": args.memory == "fp8", "size": size, "clips": data,
+             "recipe": asdict(recipe)}
     run.begin(about, trainer, args.resume)
     text_of = lru_cache(1)(lambda prompt: models.transformer.text(embeddings[prompt]))  # 0.4 GB in the released model
     began, clock = trainer.steps, trainer.clock
@@ -310,6 +314,7 @@ def main(argv: list[str] | None = None) -> int:
     going = parser.add_mutually_exclusive_group()
     going.add_argument("--resume", action="store_true", help="go on where the run in --out was saved")
     going.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
+    parser.add_argument("--memory", choices=MEMORY, default="full", help="how the weights are held, as in sample.py")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     args.words = sys.argv[1:] if argv is None else argv

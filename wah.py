@@ -27,6 +27,7 @@ from flow import Schedule, Velocity, guide, load_schedule, sample
 from memory import Memory
 from model import Band, Helios, History
 from render import Geometry, Warp, median_depth, render
+from stream import load_streamed
 from text import Tokenizer, UMT5Encoder, encode_prompt
 from vae import VAE
 
@@ -94,18 +95,33 @@ def native_size(weights: Path) -> tuple[int, int]:
     return index.get("height", 384), index.get("width", 640)
 
 
-def load_models(weights: Path, device: torch.device | str) -> Models:
-    """Transformer in the device's network dtype, VAE in fp32."""
+MEMORY = ("full", "fp8", "stream")  # how weights are held
+
+
+def load_text_encoder(weights: Path, device: torch.device | str, memory: str = "full") -> UMT5Encoder:
+    """The text encoder in the device's network dtype; it streams with the transformer, and else is never quantized."""
+    place = weights / "text_encoder", device, network_dtype(device)
+    return load_streamed(UMT5Encoder, *place, blocks="encoder.block") if memory == "stream" else load(UMT5Encoder, *place)
+
+
+def load_models(weights: Path, device: torch.device | str, memory: str = "full") -> Models:
+    """Transformer in the device's network dtype, VAE in fp32. In the transformer's blocks lies all but 4 % of the memory that
+    weights need: "full" holds them, "fp8" holds them quantized (`checkpoint.quantize`), "stream" fetches them (stream.py)."""
     schedule = load_schedule(weights)
     vae = load(VAE, weights / "vae", device)
-    return Models(load(Helios, weights / "transformer", device, network_dtype(device)), vae, schedule)
+    place = weights / "transformer", device, network_dtype(device)
+    if memory == "stream":
+        transformer = load_streamed(Helios, *place, blocks="blocks", entries=("attn2.to_k",))  # for `Helios.text`
+    else:
+        transformer = load(Helios, *place, fp8=Helios.fp8 if memory == "fp8" else ())
+    return Models(transformer, vae, schedule)
 
 
 def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device: torch.device | str,
-                   negative: str = NEGATIVE_PROMPT) -> Prompts:
+                   memory: str = "full", negative: str = NEGATIVE_PROMPT) -> Prompts:
     """Load the text encoder, embed what the run needs, and let it go again, before anything else needs the memory."""
     tokenizer = Tokenizer(weights / "tokenizer")
-    encoder = load(UMT5Encoder, weights / "text_encoder", device, network_dtype(device))
+    encoder = load_text_encoder(weights, device, memory)
     triggered = prompt if prompt.lstrip().startswith(TRIGGER) else f"{TRIGGER} {prompt}"
     rows = read_json(weights / "model_index.json").get("max_sequence_length", 512)
     return Prompts(encode_prompt(tokenizer, encoder, prompt, rows),
@@ -179,6 +195,13 @@ class Camera:
     def remember(self, frame: Tensor) -> None:
         """The last frame of a chunk teaches nothing."""
 
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.first is None else {"first": self.first}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`, with the same geometry."""
+        self.first = state.get("first")
+
 
 # ------------------------------------------------------------------------------------------------------------ rollout
 
@@ -188,6 +211,9 @@ class Chunk:
     frames: Tensor  # [1, 3, 33, H, W] in [-1, 1]
     latents: Tensor  # [1, 16, 9, H/8, W/8]
     warp: Warp | None  # what led it
+
+
+CARRIED = ("given", "first_frame", "prefix", "noisy_prefix", "native", "earlier")  # latents of a rollout's state
 
 
 class Rollout:
@@ -407,3 +433,22 @@ class Rollout:
         if self.camera is not None:
             self.camera.remember(frames[:, :, -1])
         return Chunk(frames, latents, warp)
+
+    # ---- going on later
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the next chunks depend on besides what this rollout was made with."""
+        latents = {name: getattr(self, name) for name in CARRIED if getattr(self, name) is not None}
+        camera = {} if self.camera is None else self.camera.state()
+        return {"rng": self.generator.get_state(), "chunk": torch.tensor(self.chunk), **latents,
+                **{f"camera.{name}": value for name, value in camera.items()}}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from the `state` of a rollout that was made with the same; the next chunks are equal to its own."""
+        self.generator.set_state(state["rng"])
+        self.chunk = int(state["chunk"])
+        for name in CARRIED:
+            setattr(self, name, state[name].to(self.device) if name in state else None)
+        if self.camera is not None:
+            self.camera.restore({name.removeprefix("camera."): value for name, value in state.items()
+                                 if name.startswith("camera.")})

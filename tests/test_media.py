@@ -1,5 +1,9 @@
 """Pictures, depth maps, videos, masks: what is read is what was written, and bad files are one clear line."""
 
+import re
+import subprocess
+
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -203,3 +207,20 @@ def test_contact_sheet():
         for column, index in enumerate(media.evenly_spaced(33, 4)):
             assert (sheet[row, 44 + 84 * column] == levels[index]).all()
     assert (sheet[4:16, :60] < 128).any()  # the label
+
+
+@pytest.mark.parametrize("fps", [12, 23.976, 240])
+def test_joined_videos_hold_the_same_frames_evenly(tmp_path, fps):
+    """Nothing is encoded anew, frames keep their distance across the joints, and a frame too few is an error."""
+    lengths, parts = (33, 33, 5), [tmp_path / f"{index:04d}_video.mp4" for index in range(3)]
+    for index, (part, length) in enumerate(zip(parts, lengths)):
+        media.write_video(part, np.stack([np.roll(SMOOTH, 3 * (index + frame), axis=1) for frame in range(length)]), fps)
+    media.join_videos(parts, list(lengths), fps, tmp_path / "all.mp4")
+    assert np.array_equal(media.load_video(tmp_path / "all.mp4"), np.concatenate([media.load_video(part) for part in parts]))
+    show = ["-i", tmp_path / "all.mp4", "-vf", "showinfo", "-f", "null", "-"]
+    said = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *show], capture_output=True, text=True).stderr
+    times = np.array([float(time) for time in re.findall(r"pts_time:([\d.]+)", said)])
+    assert len(times) == 71 and abs(np.diff(times) * fps - 1).max() < 0.001
+    with pytest.raises(OSError, match="written whole"):
+        media.join_videos(parts, [33, 33, 6], fps, tmp_path / "other.mp4")
+    assert {path.name for path in tmp_path.iterdir()} == {part.name for part in parts} | {"all.mp4", "other.mp4"}

@@ -2,23 +2,33 @@
 
 import gc
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 import weakref
-from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import goldens
+import media
+from checkpoint import open_safetensors
 from goldens import DISTILLED, HELIOS, check
+from memory import Memory
+from output import Output
 from pi3x import load_pi3x
 from render import Warp
-from sample import Job, Output, main
-from wah import Chunk, Rollout, load_models, load_options
+from sample import main
+from wah import Chunk, Rollout, load_models
 
 SIZE = 64, 128
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
@@ -157,13 +167,14 @@ def test_meters_and_resampling(place, capsys):
 
 def test_later_warps_are_written_in_step(tmp_path):
     """A warp of 34 frames begins with the frame before the chunk, which the warp video leaves out."""
-    job = Job(load_options(DISTILLED), (64, 64), 33, 16, iter(()), {}, True, None, None, None)
     levels = torch.arange(34.0).div(33).mul(2).sub(1).view(1, 1, 34, 1, 1).expand(1, 3, 34, 64, 64)
-    with ExitStack() as closing:
-        output = Output({"video": tmp_path / "v.mp4", "warp": tmp_path / "w.mp4"}, job, closing)
-        output.add(Chunk(torch.zeros(1, 3, 33, 64, 64), torch.zeros(1), Warp(levels, levels[:, :1] / 2 + 0.5)))
+    with Output(tmp_path / "v.mp4", {}, resume=False, frames=33, fps=16, led=True) as output:
+        chunk = Chunk(torch.zeros(1, 3, 33, 64, 64), torch.zeros(1), Warp(levels, levels[:, :1] / 2 + 0.5))
+        output.add(chunk, SimpleNamespace(state=dict))
+        output.join("_warp.mp4", tmp_path / "w.mp4")
     seen = frames(tmp_path / "w.mp4").mean((1, 2, 3))
     assert abs(seen[0] - 255 / 33) < 4 and abs(seen[-1] - 255) < 4 and len(seen) == 33
+    assert [path.name for path in tmp_path.iterdir()] == ["w.mp4"]
 
 
 def test_contact_sheet_shows_the_frames(place):
@@ -193,26 +204,142 @@ def test_lora_auto(place, capsys):
     assert chosen(*words, "--lora", "off") == "none" and chosen("--frames", "2") == "none"
 
 
+def stop_in_chunk(monkeypatch, count: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+    """The chunk of that number (from 1 on) of the next run raises an error."""
+    original = Rollout.next
+
+    def next_chunk(self, **control):
+        if self.chunk == count - 1:
+            monkeypatch.setattr(Rollout, "next", original)
+            raise error
+        return original(self, **control)
+
+    monkeypatch.setattr(Rollout, "next", next_chunk)
+
+
 def test_stopping_keeps_what_is_done(place, capsys, monkeypatch):
-    """Ctrl-C in the third chunk leaves two whole ones; in the first, nothing."""
-    original, calls = Rollout.next, []
-
-    def stop_at(count):
-        def next_chunk(self, **control):
-            calls.append(control)
-            if len(calls) == count:
-                raise KeyboardInterrupt
-            return original(self, **control)
-        return next_chunk
-
-    monkeypatch.setattr(Rollout, "next", stop_at(3))
-    assert sample("--image", "image.png", "--warp", "warp.npy") == 0
-    assert len(frames("out.mp4")) == 66 and len(frames("out_warp.mp4")) == 66 and "66 frames" in capsys.readouterr().out
-    calls.clear()
-    monkeypatch.setattr(Rollout, "next", stop_at(1))
+    """Ctrl-C in the third chunk leaves two whole ones, and says how to go on; in the first, nothing."""
+    stop_in_chunk(monkeypatch, 3)
+    words = ["--image", "image.png", "--warp", "warp.npy"]
+    assert sample(*words) == 0
+    assert len(frames("out.mp4")) == 66 and len(frames("out_warp.mp4")) == 66
+    said = capsys.readouterr().out
+    assert "66 frames" in said and "--image image.png --warp warp.npy --continue" in said
+    refused(capsys, place, words, "out_parts", "--continue")  # it would be lost
+    assert sample(*words, "--continue") == 0
+    assert len(frames("out.mp4")) == 99 and not (place / "out_parts").exists()
+    stop_in_chunk(monkeypatch, 1)
     before = sorted(path.name for path in place.iterdir())
-    assert sample("--image", "image.png", "--warp", "warp.npy", "--out", "other.mp4") == 130
+    assert sample(*words, "--out", "other.mp4") == 130
     assert sorted(path.name for path in place.iterdir()) == before
+
+
+WAYS = {
+    "Pi3X": ["--image", "image.png", "--move", "forward 1, right 1, up 1", "--frames", "80", "--keyframes", "2", *PI3X],
+    "depth": ["--image", "image.png", "--poses", "poses.json", "--depth", "depth.npy", "--frames", "80"],
+    "warp": ["--image", "image.png", "--warp", "warp.npy", "--mask", "mask.npy", "--frames", "80"],
+    "image": ["--image", "image.png", "--frames", "80"],
+    "text": ["--frames", "80"],
+    "video": ["--image", "warp.npy", "--frames", "80"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_continued_equals_uninterrupted(place, monkeypatch, way):
+    """Everything that is left of a run: video, warp, sheet and latents, after a failure in the second and the third chunk."""
+    monkeypatch.setattr("sample.Memory", partial(Memory, limit=11760))  # pixels: to be fast
+
+    def run(name: str, *more: str) -> int:
+        (place / name).mkdir(exist_ok=True)
+        return sample(*WAYS[way], "--out", f"{name}/out.mp4", "--save-latents", f"{name}/x.safetensors", *more)
+
+    assert run("whole") == 0
+    for chunk in (2, 3):
+        stop_in_chunk(monkeypatch, chunk, RuntimeError)
+        with pytest.raises(RuntimeError):
+            run("parts", *(["--continue"] if chunk == 3 else []))
+        assert [path.name for path in (place / "parts").iterdir()] == ["out_parts"]
+    assert run("parts", "--continue", "--memory", "stream") == 0
+    made = {path.name: path.read_bytes() for path in (place / "whole").iterdir()}
+    assert made == {path.name: path.read_bytes() for path in (place / "parts").iterdir()}
+    assert {"out.mp4", "out_sheet.png", "x.safetensors"} <= made.keys() and len(frames("parts/out.mp4")) == 80
+
+
+def test_a_killed_run_goes_on(place):
+    """The system ends a run at once, wherever it is; nothing is lost but the chunk that was being made."""
+    words = ["--weights", str(DISTILLED), "--size", "64x128", "--device", "cpu", "--image", "image.png", "--warp", "warp.npy"]
+    run = subprocess.Popen([sys.executable, Path(media.__file__).with_name("sample.py"), *words], stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    state = place / "out_parts" / "state.safetensors"
+    while run.poll() is None and not state.exists():
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    done = json.loads(open_safetensors(state).metadata()["counts"])
+    assert 0 < len(done) < 3 and not (place / "out.mp4").exists()
+    assert main([*words, "--continue", "--save-latents", "x.safetensors"]) == 0 and not state.parent.exists()
+    assert main([*words, "--save-latents", "y.safetensors", "--out", "whole.mp4"]) == 0
+    assert torch.equal(load_file("x.safetensors")["latents"], load_file("y.safetensors")["latents"])
+    assert np.array_equal(frames("out.mp4"), frames("whole.mp4"))
+
+
+def test_another_video_is_not_continued(capsys, place, monkeypatch):
+    """What made the first chunks has to be the same, by content; what only says how to compute may change."""
+    words = ["--image", "image.png", "--move", "forward 1, up 1", "--depth", "depth.npy"]
+    refused(capsys, place, [*words, "--continue"], "out_parts/state.safetensors", "no such file")
+    stop_in_chunk(monkeypatch, 2)
+    assert sample(*words) == 0
+    np.save("depth2.npy", np.load("depth.npy") + 1)
+    Image.open("image.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("flipped.png")
+    weights = place / "weights"
+    shutil.copytree(DISTILLED, weights)
+    capsys.readouterr()
+
+    def differs(name: str, *more: str, weights=DISTILLED):
+        refused(capsys, place, [*words, *more, "--continue"], "state.safetensors", f": {name} was ", weights=weights)
+
+    differs("seed", "--seed", "1")
+    differs("prompt", "--prompt", "a car")
+    differs("image", "--image", "flipped.png")
+    differs("depth", "--depth", "depth2.npy")
+    differs("move", "--move", "forward 2, up 1")
+    differs("frames", "--frames", "60")
+    differs("size", "--size", "64x64")
+    differs("fp8", "--memory", "fp8")
+    differs("lora", "--lora", str(HELIOS / "lora_prefix.safetensors"))
+    edited = load_file(weights / "vae" / "diffusion_pytorch_model.safetensors")
+    edited["decoder.conv_out.bias"] += 0.1
+    save_file(edited, weights / "vae" / "diffusion_pytorch_model.safetensors")
+    differs("weights", weights=weights)
+    state = place / "out_parts" / "state.safetensors"
+    whole = state.read_bytes()
+    save_file({"x": torch.zeros(1)}, state)
+    refused(capsys, place, [*words, "--continue"], "not a state")
+    state.write_bytes(whole[:-9])
+    refused(capsys, place, [*words, "--continue"], "not a complete")
+    state.write_bytes(whole)
+    shutil.move("image.png", "moved.png")
+    assert sample(*words, "--image", "moved.png", "--continue", "--save-latents", "x.safetensors") == 0
+
+
+def test_a_folder_of_that_name_is_left_alone(place):
+    (place / "out_parts").mkdir()
+    (place / "out_parts" / "mine.txt").write_text("mine")
+    assert sample("--frames", "2") == 0
+    assert [path.name for path in (place / "out_parts").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("mode", ["fp8", "stream"])
+def test_memory_modes(place, mode):
+    """Streamed weights give the same latents, quantized ones nearly so."""
+    words = ["--image", "image.png", "--move", "up 1", "--lora", str(HELIOS / "lora_noprefix.safetensors"), "--save-latents"]
+    assert sample(*words, "full.safetensors") == 0 and sample(*words, "other.safetensors", "--memory", mode) == 0
+    full, other = (load_file(f"{name}.safetensors")["latents"] for name in ("full", "other"))
+    if mode == "stream":
+        assert torch.equal(full, other)
+    else:
+        check("fp8, latents, relative rms", (other - full).norm() / full.norm(), torch.tensor(0.0), 0.1)
+        assert not torch.equal(full, other)
 
 
 def test_same_seed_same_video(place):

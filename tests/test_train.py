@@ -661,3 +661,19 @@ def test_as_a_program(place):
     program = [sys.executable, train.__file__, "--weights", str(DISTILLED), "--device", "cpu", "--size", "64x64"]
     bad = subprocess.run([*program, "--video", "clip.npy"], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "--depth" in bad.stderr
+
+
+def test_memory_modes(place, capsys):
+    """Streamed weights give the same losses, quantized ones nearly so; a run goes on with the kind that it began with."""
+    losses = {}
+    for mode in ("full", "stream", "fp8"):
+        words = ["--out", "run", "--prompt", "a car", "--memory", mode, "--overwrite", "--set", "lr=0.01"]
+        assert train_on("clip.npy", *words) == 0
+        losses[mode] = [(each["loss"], each["grad_norm"]) for each in metrics("run")]
+    assert losses["stream"] == losses["full"] != losses["fp8"]
+    np.testing.assert_allclose(losses["fp8"], losses["full"], rtol=0.1)
+    capsys.readouterr()
+    for words, message in ((["--resume", "--set", "steps=3"], "fp8 was True, now it is False"),
+                           (["--overwrite", "--memory", "stream", "--set", "checkpointing=false"], "checkpointing=true")):
+        assert train_on("clip.npy", "--out", "run", "--prompt", "a car", *words) == 2
+        assert message in capsys.readouterr().err

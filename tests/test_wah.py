@@ -337,3 +337,38 @@ def test_keyframe_memory_leads_a_rollout(models, prompts, pi3x):
     assert second.warp.visible[:, :, 0].min() == 1
     with pytest.raises(ValueError, match="has been used"):
         Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=image, camera=rollout.camera)
+
+
+@pytest.mark.parametrize("keyframes", [1, 2, None])
+def test_a_rollout_goes_on_from_its_state(models, prompts, pi3x, keyframes):
+    """Another rollout that takes over after each chunk makes the same ones, whatever it has seen before."""
+    path, image = move_path("right 1, right 1, up 1").split(33), fit_image(picture(), SIZE)
+
+    def new(image: torch.Tensor, seed: int) -> Rollout:
+        camera = Memory(lambda: pi3x, image, SIZE, keyframes=keyframes, limit=11760)
+        return Rollout(models, prompts, SIZE, torch.Generator().manual_seed(seed), image=image, camera=camera)
+
+    whole, state = new(image, 1), {}
+    for index, poses in enumerate(path):
+        expected = whole.next(poses=poses)
+        other = new(image if index == 0 else image.flip(-1), 1 if index == 0 else 2)
+        if state:
+            other.restore(state)
+        actual = other.next(poses=poses)
+        for one, same in ((actual.latents, expected.latents), (actual.frames, expected.frames),
+                          (actual.warp.frames, expected.warp.frames), (actual.warp.visible, expected.warp.visible)):
+            assert torch.equal(one, same)
+        state = {name: value.to("cpu", copy=True).contiguous() for name, value in other.state().items()}
+
+
+def test_a_state_holds_all_that_changes(models, prompts):
+    """Natively and from text, too, where there is no prefix before the first chunk; and a state does not grow."""
+    for start in ({}, {"image": fit_image(picture(), SIZE)}, {"video": make_warp(INPUTS["warp"][:35], None, SIZE).frames}):
+        whole = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), **start)
+        sizes = []
+        for _ in range(2):
+            other = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(2))
+            other.restore(whole.state())
+            assert torch.equal(whole.next().latents, other.next().latents) and torch.equal(whole.given, other.given)
+            sizes.append({name: value.shape for name, value in whole.state().items()})
+        assert sizes[0].keys() == sizes[1].keys() and sizes[0]["native"] == sizes[1]["native"]
