@@ -32,6 +32,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from camera import WINDOW
 from flow import Schedule, training_item
 from mini.latents import SIZE, Codec, fit_codec, load_codec, load_parts, make_parts, save_codec, symmetries
 from mini.world import caption, make_clip, make_scene
@@ -47,6 +48,7 @@ UMT5 = UMT5Config(vocab_size=640, d_model=64, d_kv=16, d_ff=128, num_layers=2, n
 VAE_CONFIG = VAEConfig(base_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, latents_mean=(0.0,) * 16,
                        latents_std=(1.0,) * 16)
 STEM = "diffusion_pytorch_model"
+VAE_FRAMES = 29  # of a training clip: with few, what later frames remember of earlier ones is never learned
 TEXT_ROWS = 64  # of the prompt embeddings; the official pipelines pad to 512
 HELD_OUT = 10**6  # seeds from here on are never trained on
 
@@ -297,8 +299,8 @@ def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None) -> No
     def accumulate(network: VAE, step: int, rank: int) -> float:
         draws, total = torch.Generator().manual_seed(step * 64 + rank), 0.0
         for index in range(size):
-            clip = make_clip(HELD_OUT // 2 + (step * 64 + rank) * size + index, 9, SIZE)
-            shape = 1, 16, 3, SIZE[0] // 8, SIZE[1] // 8
+            clip = make_clip(HELD_OUT // 2 + (step * 64 + rank) * size + index, VAE_FRAMES, SIZE)
+            shape = 1, 16, 1 + VAE_FRAMES // 4, SIZE[0] // 8, SIZE[1] // 8
             noise = 0.1 * torch.rand(1, generator=draws) * torch.randn(shape, generator=draws)
             latent, picture, _ = vae_losses(network, codec, clip.frames, noise)
             loss = (latent + 4 * picture) / size
@@ -308,7 +310,7 @@ def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None) -> No
 
     @torch.no_grad()
     def validate(network: VAE) -> dict:
-        clips = [make_clip(HELD_OUT + 500 + index, 9, SIZE).frames for index in range(16)]
+        clips = [make_clip(HELD_OUT + 500 + index, WINDOW, SIZE).frames for index in range(6)]
         latent, _, square = torch.tensor([vae_losses(network, codec, clip, torch.zeros(1)) for clip in clips]).mean(0)
         return {"latent": latent.item(), "psnr": 10 * math.log10(4 / square.item())}
 
