@@ -176,6 +176,16 @@ def count_warp(warp: Path, mask: Path | None, asked: int | None) -> int:
     return there if asked is None else asked
 
 
+def check_place(device: str, weights: Path) -> None:
+    """Whether there are such a device and such weights."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device!r}: expected cpu, cuda or cuda:N")
+    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there is no such device, {torch.cuda.device_count()} found")
+    if not (weights / "model_index.json").is_file():
+        raise ValueError(f"--weights {weights}: no model_index.json there; weights/README.md says what to download")
+
+
 def check(args: argparse.Namespace) -> None:
     """What can be said of the words alone."""
     if args.frames is not None and args.frames < 1:
@@ -196,12 +206,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("a camera needs --image: the picture that it moves through")
     if args.save_latents is not None and args.save_latents.suffix != ".safetensors":
         raise ValueError(f"--save-latents {args.save_latents}: expected a file name that ends in .safetensors")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device {args.device!r}: expected cpu, cuda or cuda:N")
-    if args.device != "cpu" and int(args.device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {args.device}: there is no such device, {torch.cuda.device_count()} found")
-    if not (args.weights / "model_index.json").is_file():
-        raise ValueError(f"--weights {args.weights}: no model_index.json there; weights/README.md says what to download")
+    check_place(args.device, args.weights)
 
 
 def prepare(args: argparse.Namespace) -> Job:

@@ -10,7 +10,6 @@ under temporary names, and Ctrl-C saves. The official loop encodes each window a
 
 import argparse
 import json
-import re
 import shlex
 import signal
 import sys
@@ -26,23 +25,21 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save
-from torch import Tensor
 from tqdm import tqdm
 
 import media
 from camera import WINDOW
-from checkpoint import network_dtype, open_safetensors, read_json
+from checkpoint import network_dtype, open_safetensors
 from clips import (Clip, Conditions, Geometries, Source, draw_case, estimate_clip, item_order, known_geometry,
                    read_frames, read_sources)
 from flow import load_schedule
 from output import to_frames
 from pi3x import load_pi3x
 from render import parse_size, run_program
-from sample import default_weights, find_geometry, peak_memory
-from text import Tokenizer, encode_prompt
+from sample import check_place, default_weights, find_geometry, peak_memory
 from trainer import TARGETS, Recipe, Trainer, build_history, parse_recipe
-from wah import (MEMORY, NEGATIVE_PROMPT, TRIGGER, Camera, Models, Prompts, Rollout, load_models, load_options,
-                 load_text_encoder, native_size, size_multiple)
+from wah import (MEMORY, NEGATIVE_PROMPT, Camera, Models, Prompts, Rollout, add_trigger, embed_prompts, load_models,
+                 load_options, native_size, size_multiple)
 
 FREE = {"steps", "save_every", "sample_every", "checkpointing", "cache"}  # may change when a run goes on
 
@@ -147,19 +144,6 @@ class Run:
 # ------------------------------------------------------------------------------------------------------------- program
 
 
-def add_trigger(prompt: str) -> str:
-    prompt = prompt.strip()
-    return prompt if prompt.startswith(TRIGGER) else f"{TRIGGER} {prompt}".strip()
-
-
-def encode_prompts(weights: Path, prompts: set[str], device: str, memory: str = "full") -> dict[str, Tensor]:
-    """Embeddings as `wah.encode_prompts` makes them; the text encoder is gone before anything else needs the memory."""
-    tokenizer = Tokenizer(weights / "tokenizer")
-    rows = read_json(weights / "model_index.json").get("max_sequence_length", 512)
-    encoder = load_text_encoder(weights, device, memory)
-    return {prompt: encode_prompt(tokenizer, encoder, prompt, rows) for prompt in sorted(prompts)}
-
-
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
     """Ctrl-C sets the event, so that no step is cut in two; a second one stops at once."""
@@ -225,14 +209,9 @@ def report(trainer: Trainer, steps: int, device: str) -> None:
 def check(args: argparse.Namespace) -> tuple[Recipe, tuple[int, int], list[Source]]:
     """What can be said of the words alone."""
     recipe, sources = parse_recipe(args.set), read_sources(args.video, args.prompt)
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", args.device):
-        raise ValueError(f"--device {args.device!r}: expected cpu, cuda or cuda:N")
-    if args.device != "cpu" and int(args.device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {args.device}: there is no such device, {torch.cuda.device_count()} found")
+    check_place(args.device, args.weights)
     if args.memory == "stream" and not recipe.checkpointing:
         raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks once more")
-    if not (args.weights / "model_index.json").is_file():
-        raise ValueError(f"--weights {args.weights}: no model_index.json there; weights/README.md says what to get")
     schedule = load_schedule(args.weights)
     size, multiple = native_size(args.weights) if args.size is None else parse_size(args.size), size_multiple(schedule)
     if any(side % multiple for side in size):
@@ -250,7 +229,7 @@ def train(args: argparse.Namespace) -> None:
     run.check(args.resume, args.overwrite)
     clips = load_clips(args, sources, size, recipe)
     wanted = {clip.prompt for clip in clips} | ({sources[0].prompt, NEGATIVE_PROMPT} if recipe.sample_every else set())
-    embeddings = encode_prompts(args.weights, wanted, args.device, args.memory)
+    embeddings = embed_prompts(args.weights, wanted, args.device, args.memory)
     models = load_models(args.weights, args.device, args.memory)
     trainer = Trainer(models.transformer, models.schedule, recipe)
     conditions = Conditions(models.vae, clips, size, recipe.seed, recipe.cache, args.device)

@@ -10,7 +10,7 @@ CPU generator in the official order, so that a seed means the same video everywh
 results and its quirks where marked; not its repeated normalisation of the warp, and not its drifting LoRA weights.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,16 +117,27 @@ def load_models(weights: Path, device: torch.device | str, memory: str = "full")
     return Models(transformer, vae, schedule)
 
 
-def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device: torch.device | str,
-                   memory: str = "full", negative: str = NEGATIVE_PROMPT) -> Prompts:
-    """Load the text encoder, embed what the run needs, and let it go again, before anything else needs the memory."""
+def add_trigger(prompt: str) -> str:
+    """The prompt of the LoRA's stage; one that has the trigger already stays."""
+    prompt = prompt.strip()
+    return prompt if prompt.startswith(TRIGGER) else f"{TRIGGER} {prompt}".strip()
+
+
+def embed_prompts(weights: Path, prompts: Iterable[str], device: torch.device | str,
+                  memory: str = "full") -> dict[str, Tensor]:
+    """Load the text encoder, embed every prompt, and let it go again, before anything else needs the memory."""
     tokenizer = Tokenizer(weights / "tokenizer")
     encoder = load_text_encoder(weights, device, memory)
-    triggered = prompt if prompt.lstrip().startswith(TRIGGER) else f"{TRIGGER} {prompt}"
     rows = read_json(weights / "model_index.json").get("max_sequence_length", 512)
-    return Prompts(encode_prompt(tokenizer, encoder, prompt, rows),
-                   encode_prompt(tokenizer, encoder, triggered, rows) if lora else None,
-                   encode_prompt(tokenizer, encoder, negative, rows) if guided else None)
+    return {prompt: encode_prompt(tokenizer, encoder, prompt, rows) for prompt in prompts}
+
+
+def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device: torch.device | str,
+                   memory: str = "full", negative: str = NEGATIVE_PROMPT) -> Prompts:
+    """What one run needs of the text encoder."""
+    wanted = prompt, add_trigger(prompt) if lora else None, negative if guided else None
+    embedded = embed_prompts(weights, filter(lambda each: each is not None, wanted), device, memory)
+    return Prompts(*map(embedded.get, wanted))
 
 
 def size_multiple(schedule: Schedule) -> int:

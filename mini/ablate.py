@@ -29,7 +29,7 @@ from mini.pretrain import HELD_OUT
 from mini.world import Clip, make_clip
 from pi3x import Pi3X, load_pi3x
 from render import Warp, ensure_valid, estimate, median_depth, render, transform, unproject
-from wah import Models, Options, Rollout, encode_prompts, load_models, load_options, native_size
+from wah import Models, Options, Prompts, Rollout, encode_prompts, load_models, load_options, native_size
 
 REGIONS = ("all", "visible", "invisible")
 
@@ -145,9 +145,8 @@ def variants(loras: list[Path], estimated: bool) -> dict[str, tuple[str | None, 
     return table
 
 
-def generate(models: Models, weights: Path, scene: Scene, seed: int, warp: str | None, options: Options,
+def generate(models: Models, prompts: Prompts, scene: Scene, seed: int, warp: str | None, options: Options,
              lora: Lora | None) -> Tensor:
-    prompts = encode_prompts(weights, scene.clip.caption, lora is not None, False, "cpu")
     rollout = Rollout(models, prompts, tuple(scene.video.shape[-2:]), torch.Generator().manual_seed(seed),
                       image=scene.video[:, :, 0], lora=lora, options=options)
     return rollout.next(warp=None if warp is None else scene.warps[warp]).frames
@@ -163,13 +162,13 @@ def run(args: argparse.Namespace) -> None:
     results: dict[str, list[dict]] = {name: [] for name in ("copy the warp", "VAE of the truth", *table)}
     loras = {path: load_lora(path) for path in args.lora}
     for number, scene in enumerate(scenes):
-        vae = models.vae
+        vae, prompts = models.vae, encode_prompts(args.weights, scene.clip.caption, True, False, "cpu")
         with torch.inference_mode():
             truth = vae.decode(vae.encode(scene.video)[0])
         made = {"copy the warp": [scene.warps["exact"].frames], "VAE of the truth": [truth]}
         for name, (warp, changes, lora) in table.items():
             options = replace(defaults, **changes)
-            made[name] = [generate(models, args.weights, scene, seed, warp, options, loras.get(lora))
+            made[name] = [generate(models, prompts, scene, seed, warp, options, loras.get(lora))
                           for seed in range(args.seeds)]
         for name, videos in made.items():
             for frames in videos:

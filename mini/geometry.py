@@ -18,14 +18,14 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import render
 from camera import WINDOW, inverse, scale_translation
 from mini import world
 from mini.latents import SIZE
-from mini.pretrain import HELD_OUT, Recipe, fit
+from mini.pretrain import HELD_OUT, Recipe, averaged_weights, fit
 from pi3x import Branch, Pi3X, Pi3XConfig, Prediction, load_pi3x
 from render import ensure_valid, estimate, geometry_from_depth, median_depth, resize
 
@@ -128,9 +128,8 @@ def train(folder: Path, recipe: Recipe) -> None:
 
 def export(state: Path, out: Path) -> None:
     """The averaged weights of a training state as `pi3x.load_pi3x` reads them, in fp16."""
-    prefix, tensors = "average.", load_file(state)
     out.parent.mkdir(parents=True, exist_ok=True)
-    save_file({key.removeprefix(prefix): x.half() for key, x in tensors.items() if key.startswith(prefix)}, out)
+    save_file(averaged_weights(state), out)
 
 
 def judge(network: Pi3X, clip: world.Clip) -> dict[str, float]:

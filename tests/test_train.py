@@ -31,10 +31,10 @@ from model import Helios
 from pi3x import load_pi3x
 from render import geometry_size
 from sample import main as sample_main
-from train import add_trigger, draw_curve, encode_prompts, main
+from train import draw_curve, main
 from trainer import Recipe, Trainer, build_history, draw_items, learning_rate
 from vae import VAE
-from wah import Models, Prompts, Rollout, make_warp
+from wah import Models, Prompts, Rollout, add_trigger, embed_prompts, make_warp
 
 GOLDEN = tensors(HELIOS / "train.safetensors")
 CASES = cases(HELIOS / "train_cases.json")
@@ -89,7 +89,7 @@ def test_conditions():
     for name, value in (("image", image), ("fake_image", fake), ("video", latents), ("target", target)):
         check("training conditions", value, GOLDEN[f"cond.{name}_latents"], 5e-5)
     check("training conditions", visible, GOLDEN["hist.release.history_visible_mask_short"][:, :, 2:], 1e-6)
-    embeddings = encode_prompts(DISTILLED, {CASES["cond"]["prompt"]}, "cpu")[CASES["cond"]["prompt"]]
+    embeddings = embed_prompts(DISTILLED, {CASES["cond"]["prompt"]}, "cpu")[CASES["cond"]["prompt"]]
     rows = GOLDEN["cond.prompt_embeds_nonpad"]
     check("training conditions", embeddings[0, :len(rows)], rows, 5e-5)
     assert embeddings.shape[1] == 512 and not embeddings[0, len(rows):].any()
