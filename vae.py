@@ -1,17 +1,18 @@
 """Wan 2.1 causal video VAE: pixels <-> latents, 8x smaller in space and 4x in time (`vae/` of a checkpoint).
 
 Frame 0 stands alone and every latent frame after it holds four pixel frames, so 1 + 4k frames <-> 1 + k latent
-frames. Time convolutions only look back: a video goes through in groups (1, 4, 4, ... frames; 1, 1, ... latent frames),
-each time convolution handing its last input frames to the next group. Memory thus does not grow with the length.
+frames. Time convolutions only look back, so a video goes through frame by frame, depth first: a frame passes all layers
+before the next one enters, and all that is kept is the last inputs of each time convolution. Memory does not grow with
+the length and is half of what the official groups of four frames take; no frame is padded, joined or copied.
 Reproduces diffusers' AutoencoderKLWan as Helios uses it, under the checkpoint's own parameter names.
-Inside, a video is a batch of pictures `[T, C, H, W]` in channels_last: per-frame layers are plain 2D layers and a
-3D convolution is the sum of a 2D one per time tap, without padded copies and much faster than conv3d on a CPU.
+Inside, a frame is a picture `[1, C, H, W]` in channels_last: per-frame layers are plain 2D layers and a 3D convolution
+is the sum of a 2D one per time tap, much faster than conv3d on a CPU.
 Left out: tiling, slicing, per-level attention and the residual variant of Wan 2.2.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import torch
 import torch.nn as nn
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-Cache = dict[nn.Module, Tensor]  # of one encode or decode: time convolution -> its last input frames
+Cache = dict[nn.Module, list[Tensor]]  # of one encode or decode: layer -> its last input frames
 
 
 @dataclass(frozen=True)
@@ -54,22 +55,22 @@ class VAEConfig:
 
 
 class TimeConv(nn.Conv3d):
-    """Causal 3D convolution: the output at frame t sees frame t and the frames before it. `stride` is that of time."""
+    """Causal 3D convolution: the output at frame t sees frame t and the frames before it."""
 
-    def __init__(self, dim_in: int, dim_out: int, taps: int, size: int, stride: int = 1):
-        super().__init__(dim_in, dim_out, (taps, size, size), (stride, 1, 1), (0, size // 2, size // 2))
+    def __init__(self, dim_in: int, dim_out: int, taps: int, size: int):
+        super().__init__(dim_in, dim_out, (taps, size, size), padding=(0, size // 2, size // 2))
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [T, C, H, W] -> [T / stride, C', H, W]
-        taps, stride, padding = self.kernel_size[0], self.stride[0], self.padding[1:]
-        if self not in cache:  # frame 0, always alone: zeros lie before it, so only the last tap counts
-            cache[self] = torch.cat([torch.zeros_like(x), x])
-            return F.conv2d(x, self.weight[:, :, -1], self.bias, padding=padding)
-        frames = torch.cat([cache[self], x])
-        cache[self] = frames[stride - taps :].clone()  # a view would keep all the frames in memory
-        span = len(frames) - taps + 1
-        y = F.conv2d(frames[:span:stride], self.weight[:, :, 0], self.bias, padding=padding)
-        for tap in range(1, taps):
-            y += F.conv2d(frames[tap : tap + span : stride], self.weight[:, :, tap], padding=padding)
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [1, C, H, W] -> [1, C', H, W]
+        frames = [*cache.get(self, ()), x]
+        cache[self] = frames[1 - self.kernel_size[0] :]
+        return self.combine(frames)
+
+    def combine(self, frames: list[Tensor]) -> Tensor:
+        """The output at the last of these frames; before the first one lie zeros."""
+        *earlier, last = self.weight.unbind(2)[-len(frames) :]
+        y = F.conv2d(frames[-1], last, self.bias, padding=self.padding[1:])
+        for frame, tap in zip(frames, earlier):
+            y += F.conv2d(frame, tap, padding=self.padding[1:])
         return y
 
 
@@ -107,7 +108,8 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)), cache)
         h = self.conv2(F.silu(self.norm2(h)), cache)
-        return self.conv_shortcut(x) + h
+        h += self.conv_shortcut(x)
+        return h
 
 
 class Attention(nn.Module):
@@ -142,16 +144,20 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, time: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-        self.time_conv = TimeConv(dim, dim, 3, 1, stride=2) if time else None
+        self.time_conv = TimeConv(dim, dim, 3, 1) if time else None  # with a stride of 2
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # -> [1 or 0, C, H/2, W/2]
         x = self.resample(x)
         if self.time_conv is None:
             return x
-        if self.time_conv not in cache:  # frame 0 passes by, but is seen by the next window
-            cache[self.time_conv] = x
+        frames = cache.setdefault(self, [])
+        frames.append(x)
+        if len(frames) == 1:  # frame 0 passes by, but is seen by the next window
             return x
-        return self.time_conv(x, cache)
+        if len(frames) == 2:
+            return x[:0]
+        cache[self] = frames[-1:]
+        return self.time_conv.combine(frames)
 
 
 class Upsample(nn.Module):
@@ -165,14 +171,32 @@ class Upsample(nn.Module):
         self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))
         self.time_conv = TimeConv(dim, 2 * dim, 3, 1) if time else None
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # -> [1 or 2, C/2, 2 H, 2 W]
         if self.time_conv is None:
             return self.resample(x)
         if self.time_conv not in cache:  # frame 0 passes by; kept for parity: the next frames see zeros in its place
-            cache[self.time_conv] = torch.zeros_like(x).expand(2, -1, -1, -1)
+            cache[self.time_conv] = []
             return self.resample(x)
-        x = rearrange(self.time_conv(x, cache), "t (two c) h w -> (t two) c h w", two=2)
-        return self.resample(x)
+        return self.resample(rearrange(self.time_conv(x, cache), "1 (two c) h w -> two c h w", two=2))
+
+
+Layer = Callable[[Tensor, Cache], Tensor]  # [1, C, H, W] -> [frames, C', H', W'], 0 to 2 frames
+
+
+def through(layers: Iterable[Layer], frames: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Frames `[1, C, H, W]` one by one through all layers; what comes out, one by one as well, as soon as it is known."""
+    cache: Cache = {}
+
+    def step(layer: Layer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
+        for y in map(lambda frame: layer(frame, cache), frames):
+            made = list(y.split(1)) if len(y) else []
+            del y  # nothing is held here while the layers behind are at work
+            while made:
+                yield made.pop(0)
+
+    for layer in layers:
+        frames = step(layer, frames)
+    return iter(frames)
 
 
 class Encoder(nn.Module):
@@ -190,24 +214,23 @@ class Encoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1], 3)
         self.conv_out = TimeConv(dims[-1], 2 * config.z_dim, 3, 3)
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [1 or 4, 3, H, W] -> [1, 2 * z_dim, H/8, W/8]
-        x = self.conv_in(x, cache)
-        for block in self.down_blocks:
-            x = block(x, cache)
-        x = self.mid_block(x, cache)
+    def forward(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:  # [1, 3, H, W] -> [1, 2 * z_dim, H/8, W/8]
+        return through((self.conv_in, *self.down_blocks, self.mid_block, self.head), frames)
+
+    def head(self, x: Tensor, cache: Cache) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(x)), cache)
 
 
 class DecoderLevel(nn.Module):
+    """Only a name in the checkpoint: iterate for its layers."""
+
     def __init__(self, dim_in: int, dim: int, blocks: int, upsampler: Upsample | None):
         super().__init__()
         self.resnets = nn.ModuleList(ResidualBlock(dim_in if block == 0 else dim, dim) for block in range(blocks))
         self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        for block in (*self.resnets, *self.upsamplers):
-            x = block(x, cache)
-        return x
+    def __iter__(self) -> Iterator[nn.Module]:
+        return chain(self.resnets, self.upsamplers)
 
 
 class Decoder(nn.Module):
@@ -226,10 +249,10 @@ class Decoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1], 3)
         self.conv_out = TimeConv(dims[-1], 3, 3, 3)
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [1, z_dim, h, w] -> [1 or 4, 3, 8h, 8w]
-        x = self.mid_block(self.conv_in(x, cache), cache)
-        for block in self.up_blocks:
-            x = block(x, cache)
+    def forward(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:  # [1, z_dim, h, w] -> [1, 3, 8h, 8w]
+        return through((self.conv_in, self.mid_block, *chain(*self.up_blocks), self.head), latents)
+
+    def head(self, x: Tensor, cache: Cache) -> Tensor:
         return self.conv_out(F.silu(self.norm_out(x)), cache)
 
 
@@ -261,25 +284,20 @@ class VAE(nn.Module):
         Frames after the last whole group of 4 are ignored, as officially. ValueError for a shape other than
         [1, 3, F, H, W] with H and W multiples of 8.
         """
-        time, space, shape = self.time_factor, self.space_factor, list(video.shape)
+        space, shape = self.space_factor, list(video.shape)
         if len(shape) != 5 or shape[:2] != [1, 3] or shape[2] < 1 or shape[3] % space or shape[4] % space:
             raise ValueError(f"VAE.encode: video is {shape}, expected [1, 3, F, H, W], H and W multiples of {space}")
-        cache: Cache = {}
-        starts = range(1, shape[2] - time + 1, time)
-        groups = [video[:, :, :1], *(video[:, :, start : start + time] for start in starts)]
-        moments = [self.quant_conv(self.encoder(to_frames(group), cache)) for group in groups]
-        mean, logvar = to_video(torch.cat(moments)).chunk(2, dim=1)
+        moments = [self.quant_conv(x) for x in self.encoder(to_frame(frame) for frame in video.split(1, dim=2))]
+        mean, logvar = torch.stack(moments, dim=2).chunk(2, dim=1)
         return mean, logvar
 
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
-        """As `decode`, but yields the frames of each latent frame in turn, [1, 3, 1, H, W] and then [1, 3, 4, H, W]."""
+        """As `decode`, but yields each frame [1, 3, 1, H, W] as soon as it is known."""
         z_dim, shape = self.config.z_dim, list(latents.shape)
         if len(shape) != 5 or shape[:2] != [1, z_dim] or shape[2] < 1:
             raise ValueError(f"VAE.decode: latents are {shape}, expected [1, {z_dim}, frames, height, width]")
-        cache: Cache = {}
-        for latent in latents.split(1, dim=2):
-            frames = self.decoder(self.post_quant_conv(to_frames(latent)), cache)
-            yield to_video(frames).clamp(-1, 1)
+        for frame in self.decoder(self.post_quant_conv(to_frame(latent)) for latent in latents.split(1, dim=2)):
+            yield frame.clamp(-1, 1)[:, :, None]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents -> the whole video [1, 3, 1 + 4 (k-1), H, W]. ValueError if not [1, z_dim, k, h, w]."""
@@ -304,9 +322,6 @@ class VAE(nn.Module):
         return mean.to(self.quant_conv.weight), (1 / std).to(self.quant_conv.weight)
 
 
-def to_frames(video: Tensor) -> Tensor:
-    return rearrange(video, "1 c t h w -> t c h w").contiguous(memory_format=torch.channels_last)
-
-
-def to_video(frames: Tensor) -> Tensor:
-    return rearrange(frames, "t c h w -> 1 c t h w")
+def to_frame(video: Tensor) -> Tensor:
+    """[1, C, 1, H, W] -> [1, C, H, W]"""
+    return video[:, :, 0].contiguous(memory_format=torch.channels_last)

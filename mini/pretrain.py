@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -65,21 +66,25 @@ class Recipe:
     weight_decay: float = 0.01
     average: float = 0.998  # of the weights that are kept beside the trained ones
     every: int = 200  # steps between checkpoints and validations
+    half: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # autocast to bf16, where it pays
 
 
-def optimizers(network: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside of blocks, with twice the learning rate, AdamW for everything else."""
-    named = dict(network.named_parameters())
-    matrices = {name: p for name, p in named.items() if p.ndim == 2 and "block" in name and "table" not in name
-                and "bias" not in name}
-    rest = [p for name, p in named.items() if name not in matrices]
+def optimizers(network: nn.Module, recipe: Recipe) -> tuple[list[nn.Parameter], list[torch.optim.Optimizer]]:
+    """The parameters in their order, and what steps them: Muon, at twice the learning rate, for the matrices and (as
+    matrices: views of the same memory) the kernels of numbered layers, AdamW for everything else."""
+    trained, inner = dict(network.named_parameters()), []
+    for name, p in trained.items():
+        if re.search(r"\.\d+\.", name) and p.ndim > 1 and p[0].numel() > 1 and not re.search("table|bias", name):
+            trained[name] = nn.Parameter(p.data.flatten(1)) if p.ndim > 2 else p
+            inner.append(trained[name])
+    rest = [p for p in trained.values() if not any(p is other for other in inner)]
     adam = torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=recipe.weight_decay)
-    muon = [torch.optim.Muon(matrices.values(), lr=2 * recipe.lr, weight_decay=recipe.weight_decay, momentum=0.95,
-                             adjust_lr_fn="match_rms_adamw")] if matrices else []
+    muon = [torch.optim.Muon(inner, lr=2 * recipe.lr, weight_decay=recipe.weight_decay, momentum=0.95,
+                             adjust_lr_fn="match_rms_adamw")] if inner else []
     for optim in (adam, *muon):
         for group in optim.param_groups:
             group["initial_lr"] = group["lr"]
-    return [adam, *muon]
+    return list(trained.values()), [adam, *muon]
 
 
 def save_state(path: Path, step: int, network: nn.Module, averaged: nn.Module, optims: list) -> None:
@@ -117,19 +122,20 @@ def fit(network: nn.Module, accumulate: Callable[[nn.Module, int, int], float], 
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
     averaged = torch.optim.swa_utils.AveragedModel(network, use_buffers=False).module
-    optims, start = optimizers(network, recipe), 0
+    (trained, optims), start = optimizers(network, recipe), 0
     if path.is_file():
         start = load_state(path, network, averaged, optims)
     parameters, begin, total = list(network.parameters()), time.perf_counter(), 0.0
     for step in range(start, recipe.steps):
         factor = min(1, (step + 1) / recipe.warmup, (recipe.steps - step) / recipe.decay)
-        total += accumulate(network, step, rank)
+        with torch.autocast("cpu", torch.bfloat16, enabled=recipe.half):
+            total += accumulate(network, step, rank)
         grads = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
         if world > 1:
             dist.all_reduce(grads)
             grads /= world
         grads *= (1 / (grads.norm() + 1e-6)).clamp(max=1)
-        for p, grad in zip(parameters, grads.split([p.numel() for p in parameters])):
+        for p, grad in zip(trained, grads.split([p.numel() for p in trained])):
             p.grad = grad.view_as(p)
         for optim in optims:
             for group in optim.param_groups:
@@ -279,9 +285,8 @@ def vae_losses(vae: VAE, codec: Codec, frames: Tensor, noise: Tensor) -> tuple[T
     The decoder learns from the codec's latents with a little noise, as the transformer's will not be exact either."""
     video = rearrange(frames, "t h w c -> 1 c t h w") / 127.5 - 1
     latents = codec.encode(frames)[None]
-    cache: dict = {}
     noisy = vae.post_quant_conv(rearrange(latents + noise, "1 c t h w -> t c h w"))
-    decoded = torch.cat([vae.decoder(latent, cache) for latent in noisy.split(1)])  # not clamped: that has no gradient
+    decoded = torch.cat(list(vae.decoder(noisy.split(1))))  # not clamped: that has no gradient
     wanted = rearrange(video, "1 c t h w -> t c h w")
     return ((vae.encode(video)[0] - latents).square().mean(), F.smooth_l1_loss(decoded, wanted, beta=0.1),
             (decoded.clamp(-1, 1) - wanted).square().mean())

@@ -104,20 +104,26 @@ def test_fit_goes_on_where_it_stopped(tmp_path):
     def run(path, *stops):
         for steps in stops:
             torch.manual_seed(0)
-            network = nn.ModuleDict({"block": nn.Linear(6, 6), "head": nn.Linear(6, 1)})
+            layers = nn.Sequential(nn.Linear(6, 6), nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 2, 3, padding=1), nn.Flatten())
+            network = nn.ModuleDict({"layers": layers, "head": nn.Linear(6, 1)})
 
             def accumulate(network, step, rank):
                 x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step))
-                loss = (network["head"](network["block"](x).tanh()) - x[:, :1]).square().mean()
+                loss = (network["head"](network["layers"](x).tanh()) - x[:, :1]).square().mean()
                 loss.backward()
                 return loss.item()
 
             fit(network, accumulate, lambda averaged: {"mean": averaged["head"].weight.mean().item()},
-                Recipe(steps, 1, every=1), path)
+                Recipe(steps, 1, warmup=1, every=1), path)
         return load_file(path), [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()]
 
     (straight, log), (broken, other) = run(tmp_path / "a.safetensors", 4), run(tmp_path / "b.safetensors", 2, 4)
-    assert straight.keys() == broken.keys() and any("momentum" in key for key in straight)
+    assert straight.keys() == broken.keys()
+    assert [[*value.shape] for key, value in straight.items() if "momentum" in key] == [[6, 6], [2, 6]]  # Muon's
+    torch.manual_seed(0)
+    fresh = nn.Linear(6, 6), nn.Conv1d(2, 2, 3)
+    for layer, index in zip(fresh, (0, 2)):
+        assert 1e-4 < (straight[f"network.layers.{index}.weight"] - layer.weight).abs().max() < 0.1
     for key, value in straight.items():
         assert torch.equal(value, broken[key]), key
     assert [{**line, "seconds": 0} for line in log] == [{**line, "seconds": 0} for line in other] and len(log) == 4
