@@ -5,16 +5,24 @@
 For scenes that training never saw, with their true later frames: image to video without a camera, with the warp as
 history but unaligned in time, aligned, and aligned without the tokens that nothing shows; each with warps whose holes
 are filled with the mean colour or black. Warps are exact (by the true depth of both frames, with occlusion), or made as
-`sample.py` does, from geometry that the small Pi3X sees in the first frame. Bounds: the warp itself, and the VAE's copy
-of the truth. PSNR and SSIM over all pixels and by visibility, and the camera that Pi3X sees in the result.
+`sample.py` does, from geometry that the small Pi3X sees in the first frame. Bounds: the warp itself, as it is and
+through the VAE, and the VAE's copy of the truth. Measured are PSNR and SSIM over all pixels and by visibility; the
+"ghost", the share of invisible pixels that show the mean colour; and the camera, from where the known scene would look
+most like the result (of the first seed, in two frames).
 """
 
 import argparse
 import json
+import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, islice
+from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -23,19 +31,23 @@ from einops import rearrange
 from torch import Tensor
 
 import media
-from camera import WINDOW, inverse, path_error
+from camera import WINDOW, inverse
 from checkpoint import Lora, load_lora
+from mini import world
 from mini.pretrain import HELD_OUT
 from mini.world import Clip, make_clip
 from pi3x import Pi3X, load_pi3x
+from vae import VAE
 from render import Warp, ensure_valid, estimate, median_depth, render, transform, unproject
 from wah import Models, Options, Prompts, Rollout, encode_prompts, load_models, load_options, native_size
 
 REGIONS = ("all", "visible", "invisible")
+NUDGE = torch.tensor([0.02, 0.02, 0.02, 0.06, 0.06, 0.06])  # radians and meters, for derivatives
 
 
 @dataclass(frozen=True)
 class Scene:
+    seed: int
     clip: Clip
     video: Tensor  # [1, 3, 33, H, W] in [-1, 1], the truth
     warps: dict[str, Warp]
@@ -68,13 +80,15 @@ def fill(warp: Warp, color: Tensor | float) -> Warp:
     return replace(warp, frames=torch.where(warp.visible > 0, warp.frames, color))
 
 
-def make_scene(seed: int, pi3x: Pi3X | None, size: tuple[int, int]) -> Scene | None:
-    """A held-out scene; None if its camera hardly moves, shows too little of the first frame, or things move."""
+def suits(seed: int, size: tuple[int, int]) -> bool:
+    """Whether a scene's camera moves, shows enough of the first frame to the end, and nothing else moves."""
+    clip = make_clip(seed, WINDOW, size)
+    return ";" not in clip.caption and 0.3 < exact_warp(clip).visible[0, 0, -1].mean().item() < 0.85
+
+
+def make_scene(seed: int, pi3x: Pi3X | None, size: tuple[int, int]) -> Scene:
     clip = make_clip(seed, WINDOW, size)
     black = exact_warp(clip)
-    shown = black.visible[0, 0, -1].mean().item()
-    if not 0.3 < shown < 0.85 or ";" in clip.caption:
-        return None
     video = rearrange(clip.frames, "t h w c -> 1 c t h w") / 127.5 - 1
     mean = video[:, :, :1].mean((3, 4), keepdim=True)
     warps = {"exact": fill(black, mean), "exact, black": black}
@@ -84,7 +98,7 @@ def make_scene(seed: int, pi3x: Pi3X | None, size: tuple[int, int]) -> Scene | N
         poses = inverse(clip.c2w[:1]) @ clip.c2w
         poses[:, :3, 3] *= median_depth(geometry) / known  # the path in units of depth, as users give it
         warps["estimated"] = render(geometry, poses, size)
-    return Scene(clip, video, warps, black.visible > 0)
+    return Scene(seed, clip, video, warps, black.visible > 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ measures
@@ -108,39 +122,95 @@ def ssim_map(a: Tensor, b: Tensor) -> Tensor:
 
 
 def measure(frames: Tensor, scene: Scene) -> dict[str, float]:
-    """PSNR in dB and SSIM by region, over the frames after the first."""
+    """PSNR in dB and SSIM by region, and the ghost, over the frames after the first."""
     square = (frames - scene.video).square().mean(1, keepdim=True)[:, :, 1:]
     ssim, visible = ssim_map(frames, scene.video)[:, :, 1:], scene.visible[:, :, 1:]
     result = {}
     for name, mask in zip(REGIONS, (torch.ones_like(visible), visible, ~visible)):
         result[f"psnr {name}"] = -10 * torch.log10(square[mask].mean() / 4 + 1e-10).item()
         result[f"ssim {name}"] = ssim[mask].mean().item()
-    return result
+    mean = scene.video[:, :, :1].mean((3, 4), keepdim=True)
+    near = ((frames - mean).abs().amax(1, keepdim=True) < 0.12)[:, :, 1:]
+    return result | {"ghost": near[~visible].float().mean().item()}
 
 
-def camera_error(frames: Tensor, scene: Scene, pi3x: Pi3X) -> dict[str, float]:
-    """As `sample.py --check`: every fourth frame's camera, as Pi3X sees it, against the true one."""
-    images = [frames[:, :, index] for index in range(0, frames.shape[2], 4)]
-    error = path_error(torch.stack([geometry.c2w for geometry in estimate(pi3x, images)]), scene.clip.c2w[::4])
-    return {"rotation": error["rotation_degrees"], "translation": error["translation_share"]}
+def twist(motion: Tensor) -> Tensor:
+    """Small motions [..., 6] (turns in radians, then shifts) as matrices [..., 4, 4]."""
+    x, y, z = motion[..., :3].unbind(-1)
+    zero = torch.zeros_like(x)
+    turn = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], -1).unflatten(-1, (3, 3))
+    return torch.linalg.matrix_exp(F.pad(torch.cat([turn, motion[..., 3:, None]], -1), (0, 0, 0, 1)))
+
+
+def find_camera(picture: Tensor, starts: Tensor, draw: Callable[[Tensor], Tensor]) -> Tensor:
+    """The pose [4,4] from which `draw` (poses [N,4,4] -> pictures [N, ...]) gives most nearly `picture`: damped, robust
+    Gauss-Newton from each of `starts` [S,4,4], best result."""
+    best = []
+    for pose in starts:
+        shown, damping = draw(pose[None])[0], 1e-3
+        error = (picture - shown).abs().mean()
+        for _ in range(10):
+            slopes = (draw(pose @ twist(torch.diag(NUDGE))) - shown).flatten(1) / NUDGE[:, None]  # [6, P]
+            wrong = (picture - shown).flatten()
+            weighted = slopes / (wrong.abs() + 0.05)  # what cannot be explained counts less
+            normal = weighted @ slopes.T
+            step = torch.linalg.solve(normal + damping * normal.diag().diag() + 1e-6 * torch.eye(6), weighted @ wrong)
+            tried = pose @ twist(step)
+            seen = draw(tried[None])[0]
+            left = (picture - seen).abs().mean()
+            if left > 0.999 * error and damping > 0.1:
+                break
+            if left < error:
+                pose, shown, error, damping = tried, seen, left, damping / 4
+            else:
+                damping *= 16
+        best.append((error.item(), pose))
+    return min(best, key=lambda each: each[0])[1]
+
+
+def camera_error(frames: Tensor, scene: Scene, at: list[int]) -> dict[str, float]:
+    """Degrees and meters between the true camera and the one from which the scene would look like the result, means of
+    the frames `at`; searched from the true one, the first frame's, and between."""
+    known, clip, size = world.make_scene(Random(scene.seed)), scene.clip, tuple(frames.shape[-2:])
+
+    def soft(pictures: Tensor) -> Tensor:  # blurred, so that slopes reach further
+        return F.avg_pool2d(pictures, 5, 2, 2, count_include_pad=False)
+
+    def draw(poses: Tensor) -> Tensor:
+        return soft(rearrange(world.render(known, poses, clip.K, size, 1)[0], "n h w c -> n c h w") / 127.5 - 1)
+
+    turns, shifts = [], []
+    for index in at:
+        true, first = clip.c2w[index], clip.c2w[0]
+        way = torch.linalg.inv(first) @ true
+        half = first @ twist(0.5 * torch.stack([way[2, 1], way[0, 2], way[1, 0], *way[:3, 3]]))
+        found = find_camera(soft(frames[:, :, index])[0], torch.stack([true, half, first]), draw)
+        apart = torch.linalg.inv(true) @ found
+        turns.append(torch.rad2deg(((apart[:3, :3].trace() - 1) / 2).clamp(-1, 1).acos()).item())
+        shifts.append(apart[:3, 3].norm().item())
+    return {"turn, degrees": float(np.mean(turns)), "shift, m": float(np.mean(shifts))}
 
 
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def variants(loras: list[Path], estimated: bool) -> dict[str, tuple[str | None, dict, Path | None]]:
-    """Name -> which warp, which options, which LoRA."""
+Way = tuple[str | None, dict, Path | None]  # which warp, which options, which LoRA
+
+
+def variants(loras: list[Path], estimated: bool) -> dict[str, Way]:
+    """What is generated; of the LoRAs after the first one only the full method."""
     unaligned, aligned, dropped = {"align": False}, {"drop": False}, {}
-    table = {"no camera": (None, {}, None)}
-    for lora in (None, *loras):
+    table: dict[str, Way] = {"no camera": (None, {}, None)}
+    for number, lora in enumerate((None, *loras)):
         suffix = "" if lora is None else f", LoRA {lora.stem}"
-        table |= {f"not aligned, dropped{suffix}": ("exact", unaligned, lora),
-                  f"aligned{suffix}": ("exact", aligned, lora),
-                  f"aligned, dropped{suffix}": ("exact", dropped, lora)}
+        if number < 2:
+            table |= {f"not aligned, dropped{suffix}": ("exact", unaligned, lora),
+                      f"aligned{suffix}": ("exact", aligned, lora)}
+        table[f"aligned, dropped{suffix}"] = ("exact", dropped, lora)
         if lora is None:
             table |= {"aligned, black holes": ("exact, black", aligned, lora),
                       "aligned, dropped, black holes": ("exact, black", dropped, lora)}
-        if estimated:
+        if estimated and number < 2:
             table[f"aligned, dropped, estimated geometry{suffix}"] = ("estimated", dropped, lora)
     return table
 
@@ -152,30 +222,54 @@ def generate(models: Models, prompts: Prompts, scene: Scene, seed: int, warp: st
     return rollout.next(warp=None if warp is None else scene.warps[warp]).frames
 
 
-def run(args: argparse.Namespace) -> None:
-    models, defaults, size = load_models(args.weights, "cpu"), load_options(args.weights), native_size(args.weights)
+def remember_encodings(vae: VAE) -> None:
+    """All variants and seeds encode the same few videos: once is enough."""
+    known, encode = {}, vae.encode
+
+    def remembered(video: Tensor) -> tuple[Tensor, Tensor]:
+        key = video.numpy().tobytes()
+        if key not in known:
+            known[key] = encode(video)
+        return known[key]
+
+    vae.encode = remembered
+
+
+@torch.inference_mode()
+def judge(seed: int, args: argparse.Namespace) -> tuple[dict[str, list[dict]], dict[str, Tensor]]:
+    """All measurements of a scene, and each variant's first video."""
+    torch.set_num_threads(1)  # scenes run side by side
+    models, defaults = load_models(args.weights, "cpu"), load_options(args.weights)
+    remember_encodings(models.vae)
     geometry = args.weights / "Pi3X" / "model.safetensors"
     pi3x = load_pi3x(geometry) if geometry.is_file() else None
-    tries = (make_scene(HELD_OUT + 2000 + index, pi3x, size) for index in count())
-    scenes, rows = list(islice(filter(None, tries), args.scenes)), {}
-    table, begin = variants(args.lora, pi3x is not None), time.perf_counter()
-    results: dict[str, list[dict]] = {name: [] for name in ("copy the warp", "VAE of the truth", *table)}
+    scene = make_scene(seed, pi3x, native_size(args.weights))
+    prompts = encode_prompts(args.weights, scene.clip.caption, True, False, "cpu")
     loras = {path: load_lora(path) for path in args.lora}
-    for number, scene in enumerate(scenes):
-        vae, prompts = models.vae, encode_prompts(args.weights, scene.clip.caption, True, False, "cpu")
-        with torch.inference_mode():
-            truth = vae.decode(vae.encode(scene.video)[0])
-        made = {"copy the warp": [scene.warps["exact"].frames], "VAE of the truth": [truth]}
-        for name, (warp, changes, lora) in table.items():
-            options = replace(defaults, **changes)
-            made[name] = [generate(models, prompts, scene, seed, warp, options, loras.get(lora))
-                          for seed in range(args.seeds)]
-        for name, videos in made.items():
-            for frames in videos:
-                results[name].append(measure(frames, scene) | (camera_error(frames, scene, pi3x) if pi3x else {}))
-        if number < 4:
-            shown = {"truth": [scene.video]} | made
-            rows |= {f"{number} {name}": to_u8(videos[0]) for name, videos in shown.items()}
+
+    def through_vae(video: Tensor) -> list[Tensor]:
+        return [models.vae.decode(models.vae.encode(video)[0])]
+
+    warp = scene.warps["exact"].frames
+    made = {"truth": [scene.video], "VAE of the truth": through_vae(scene.video), "copy the warp": [warp],
+            "VAE of the warp": through_vae(warp)}
+    for name, (source, changes, lora) in variants(args.lora, pi3x is not None).items():
+        made[name] = [generate(models, prompts, scene, each, source, replace(defaults, **changes), loras.get(lora))
+                      for each in range(args.seeds)]
+    results = {name: [measure(frames, scene) for frames in videos] for name, videos in made.items()}
+    for name, videos in made.items():
+        results[name][0] |= camera_error(videos[0], scene, args.found)
+    return results, {name: videos[0] for name, videos in made.items()}
+
+
+def run(args: argparse.Namespace) -> None:
+    begin, size = time.perf_counter(), native_size(args.weights)
+    seeds = list(islice((seed for seed in count(HELD_OUT + 2000) if suits(seed, size)), args.scenes))
+    with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
+        scenes = list(pool.map(partial(judge, args=args), seeds))
+    results = {name: [row for scene, _ in scenes for row in scene[name]] for name in scenes[0][0]}
+    rows = {f"{number} {name}": to_u8(video) for number, (_, videos) in enumerate(scenes[:4])
+            for name, video in videos.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     media.save_png(args.out / "ablation.png", media.contact_sheet(rows, tile_width=96))
     (args.out / "ablation.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -189,30 +283,40 @@ def to_u8(frames: Tensor) -> np.ndarray:
     return (rearrange(frames, "1 c t h w -> t h w c") * 127.5 + 127.5).round().clamp(0, 255).byte().numpy()
 
 
+def mean_and_error(values: list[float]) -> str:
+    known = np.array([value for value in values if np.isfinite(value)])
+    return f"{known.mean():.2f} ± {known.std() / max(len(known) - 1, 1) ** 0.5:.2f}"
+
+
 def summary(results: dict[str, list[dict]]) -> str:
-    """A Markdown table of means, and the paired gain over "not aligned" in the visible region, with standard error."""
+    """A Markdown table of means with standard errors; last the paired gain over "not aligned" in the visible region."""
     columns = list(next(iter(results.values()))[0])
     lines = ["| | " + " | ".join(columns) + " | gain over not aligned, visible |", "|---" * (len(columns) + 2) + "|"]
-    reference = np.array([row["psnr visible"] for row in results["not aligned, dropped"]])
+    reference = [row["psnr visible"] for row in results["not aligned, dropped"]]
     for name, rows in results.items():
-        means = [np.nanmean([row[column] for row in rows]) for column in columns]
-        cells = [f"{mean:.2f}" if column.startswith("psnr") else f"{mean:.3f}" for column, mean in zip(columns, means)]
-        gain = ""
-        if len(rows) == len(reference):
-            paired = np.array([row["psnr visible"] for row in rows]) - reference
-            gain = f"{paired.mean():+.2f} ± {paired.std() / max(len(paired) - 1, 1) ** 0.5:.2f}"
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {gain} |")
+        cells = [mean_and_error([row.get(column, np.nan) for row in rows]) for column in columns]
+        paired = zip(rows, reference) if len(rows) == len(reference) else ()
+        gain = [row["psnr visible"] - other for row, other in paired]
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {mean_and_error(gain) if gain else ''} |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--weights", type=Path, default=Path("weights/mini"))
-    parser.add_argument("--lora", type=Path, nargs="*", default=[], help="LoRA files to compare with the frozen model")
+    parser.add_argument("--lora", type=Path, nargs="*", help="LoRA files, for each the full method, for the first one"
+                                                             " all (default: lora.safetensors of the weights)")
     parser.add_argument("--scenes", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--found", type=int, nargs="+", default=[WINDOW // 2, WINDOW - 1],
+                        help="frames whose camera is measured")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"))
-    run(parser.parse_args())
+    args = parser.parse_args()
+    own = args.weights / "lora.safetensors"
+    if args.lora is None:
+        args.lora = [own] if own.is_file() else []
+    run(args)
 
 
 if __name__ == "__main__":

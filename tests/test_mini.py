@@ -192,17 +192,42 @@ def test_exact_warps_show_the_truth():
 
 
 def make_scene_of(seed):
-    return next(scene for scene in (ablate.make_scene(seed + index, None, SIZE) for index in range(40)) if scene)
+    seed = next(each for each in range(seed, seed + 40) if ablate.suits(each, SIZE))
+    return ablate.make_scene(seed, None, SIZE)
+
+
+def test_cameras_are_found():
+    """In the truth, in a noisy copy of it, and in a video that stands still, whose camera lags by a known motion."""
+    scene = make_scene_of(HELD_OUT + 2009)
+    noise = 0.1 * torch.randn(scene.video.shape, generator=torch.Generator().manual_seed(0))
+    for video, worst in ((scene.video, (0.05, 0.005)), (scene.video + noise, (0.3, 0.05))):
+        error = ablate.camera_error(video, scene, [20])
+        assert error["turn, degrees"] < worst[0] and error["shift, m"] < worst[1]
+    still = ablate.camera_error(scene.video[:, :, :1].expand_as(scene.video), scene, [16, 32])
+    c2w = scene.clip.c2w.double()
+    apart = torch.linalg.inv(c2w[[16, 32]]) @ c2w[0]
+    angles = ((apart[:, 0, 0] + apart[:, 1, 1] + apart[:, 2, 2] - 1) / 2).acos().rad2deg()
+    assert still["turn, degrees"] == pytest.approx(angles.mean().item(), abs=0.05) and angles.mean() > 5
+    assert still["shift, m"] == pytest.approx(apart[:, :3, 3].norm(dim=1).mean().item(), abs=0.005)
+
+
+def test_ghosts_are_counted_where_nothing_is_visible():
+    scene = make_scene_of(HELD_OUT + 2000)
+    assert measure(scene.warps["exact"].frames, scene)["ghost"] == 1
+    assert measure(scene.warps["exact, black"].frames, scene)["ghost"] == 0
+    assert measure(scene.video, scene)["ghost"] < 0.3
 
 
 def test_ablation_table(exported, tmp_path, monkeypatch):
-    """Every variant is measured on the same scenes and seeds."""
+    """Every variant is measured on the same scenes and seeds, the camera once a scene."""
     words = ["--weights", str(exported), "--scenes", "1", "--seeds", "2", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["ablate", *words])
+    monkeypatch.setattr("sys.argv", ["ablate", *words, "--processes", "1", "--found", "16"])
     ablate.main()
     table = (tmp_path / "ablation.md").read_text().splitlines()
     names = [line.split("|")[1].strip() for line in table[2:]]
-    assert names[:4] == ["copy the warp", "VAE of the truth", "no camera", "not aligned, dropped"] and len(names) == 8
+    assert names[:6] == ["truth", "VAE of the truth", "copy the warp", "VAE of the warp", "no camera",
+                         "not aligned, dropped"] and len(names) == 10
     results = json.loads((tmp_path / "ablation.json").read_text())
-    assert [len(rows) for rows in results.values()] == [1, 1] + [2] * 6
-    assert (tmp_path / "ablation.png").is_file()
+    assert [len(rows) for rows in results.values()] == [1] * 4 + [2] * 6
+    assert all(["shift, m" in row for row in rows] == [True, False][:len(rows)] for rows in results.values())
+    assert results["truth"][0]["psnr all"] > 99 and (tmp_path / "ablation.png").is_file()

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import goldens
+import peers
 from checkpoint import Lora, load, load_lora
 from goldens import DISTILLED, HELIOS, check
 from model import Band, Helios, HeliosConfig, History, rotate
@@ -255,12 +256,8 @@ def test_counted_training_flops(checkpointing, case, again):
                                   "no_guidance_cross_attn", "no_zero_history_timestep"])
 def test_against_diffusers(helios, case):
     """The same weights in diffusers' own class, on all that it supports (it has no visibility drop)."""
-    from diffusers import HeliosTransformer3DModel
-
     model = variant(helios, case)
-    config = json.loads((DISTILLED / "transformer" / "config.json").read_text())
-    peer = HeliosTransformer3DModel.from_config(config | CASES[case]["config_override"]).eval()
-    peer.load_state_dict(model.state_dict())
+    peer = peers.twin(model)
     with torch.no_grad():
         expected = peer(**{name: INPUTS[key] for name, key in CASES[case]["inputs"].items()}, return_dict=False)[0]
     check("DiT against diffusers", run(model, case), expected, 5e-5)

@@ -5,9 +5,8 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from transformers import UMT5Config as PeerConfig
-from transformers import UMT5EncoderModel
 
+import peers
 from checkpoint import load
 from goldens import DISTILLED, HELIOS, cases, check, tensors
 from text import Tokenizer, UMT5Config, UMT5Encoder, clean, encode_prompt
@@ -78,18 +77,6 @@ def test_bad_tokenizer_files_are_named(tmp_path):
         Tokenizer(tmp_path)
 
 
-def random_pair(**options) -> tuple[UMT5Encoder, UMT5EncoderModel]:
-    torch.manual_seed(2)
-    peer = UMT5EncoderModel(PeerConfig(dropout_rate=0.0, feed_forward_proj="gated-gelu", **options)).eval()
-    for name, parameter in peer.named_parameters():
-        scale = parameter.shape[-1] ** -0.5 if name.split(".")[-2] in ("q", "k", "v", "o", "wi_0", "wi_1", "wo") else 1
-        parameter.copy_(scale * torch.randn_like(parameter))
-    ours = UMT5Encoder(UMT5Config(**options))
-    state = {ours.aliases.get(name, name): value for name, value in peer.state_dict().items()}
-    ours.load_state_dict(state, strict=True)
-    return ours, peer
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -101,7 +88,9 @@ def random_pair(**options) -> tuple[UMT5Encoder, UMT5EncoderModel]:
 )  # fmt: skip
 def test_equals_transformers(options):
     """Sequences beyond the last bucket, and the official way of masking padding against running without it."""
-    ours, peer = random_pair(**options)
+    ours = peers.randomize(UMT5Encoder(UMT5Config(**options)))
+    peer = peers.twin(ours)
+    torch.manual_seed(2)
     ids = torch.randint(0, options["vocab_size"], (1, 300))
     check("UMT5 (transformers, random)", ours(ids), peer(ids).last_hidden_state, 5e-5)
     padded, mask = ids.clone(), (torch.arange(300) < 170)[None].long()

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import goldens
+import peers
 import render
 import train
 from camera import normalize
@@ -365,7 +366,6 @@ def test_what_a_run_leaves(place, capsys):
 
 def test_diffusers_and_peft_load_it(place, transformer):
     """The file in diffusers' LoRA loader, after the official pipeline's prefix, and in PEFT: the same forward."""
-    from diffusers import HeliosTransformer3DModel
     from diffusers.loaders.lora_pipeline import HeliosLoraLoaderMixin
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 
@@ -378,12 +378,10 @@ def test_diffusers_and_peft_load_it(place, transformer):
     transformer.set_lora(None)
     assert (ours - plain).abs().max() > 1e-2
     state, metadata = HeliosLoraLoaderMixin.lora_state_dict("run/lora.safetensors", return_lora_metadata=True)
-    model_config = json.loads((DISTILLED / "transformer" / "config.json").read_text())
     given = {name: GIVEN[key] for name, key in DIT["all_bands"]["inputs"].items()}
     config = LoraConfig(**{key.removeprefix("transformer."): value for key, value in metadata.items()})
     for loader in ("diffusers", "peft"):
-        peer = HeliosTransformer3DModel.from_config(model_config).eval()
-        peer.load_state_dict(transformer.state_dict())
+        peer = peers.twin(transformer)
         if loader == "diffusers":
             prefixed = {f"transformer.{key}": value for key, value in state.items()}
             HeliosLoraLoaderMixin.load_lora_into_transformer(prefixed, peer, metadata=metadata)
