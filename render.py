@@ -90,6 +90,11 @@ def geometry_size(height: int, width: int, limit: int = PIXEL_LIMIT) -> tuple[in
     return PATCH * max(rows, 1), PATCH * max(columns, 1)
 
 
+def map_size(height: int, width: int) -> tuple[int, int]:
+    """`geometry_size` where nothing official decides: 16 points for each of a thumbnail's pixels are as good as more."""
+    return geometry_size(height, width, min(PIXEL_LIMIT, 16 * height * width))
+
+
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """[B,C,h,w] -> [B,C,H,W], bilinear without antialiasing."""
     return F.interpolate(images, size, mode="bilinear", align_corners=False)
@@ -136,7 +141,7 @@ def transform(pose: Tensor, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
 def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor) -> Geometry:
     """From `image` [1,3,H,W] in [-1,1], its `depth` [h,w] (unknown: not finite or not positive), `K` in its pixels."""
     height, width = image.shape[-2:]
-    size = geometry_size(height, width)
+    size = map_size(height, width)
     known = depth.isfinite() & (depth > 0)
     weight = resize(known.float()[None, None], size)[0, 0]
     depth = resize(torch.where(known, depth, 0)[None, None], size)[0, 0] / weight  # unknown neighbours don't count
@@ -179,8 +184,9 @@ def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None) -> l
         return pictures.to(network.image_mean.device)
 
     shape = images[-1].shape[-2:]
-    size = geometry_size(*shape, PIXEL_LIMIT if limit is None else limit)
-    seen = geometry_size(*shape, min(PIXEL_LIMIT, network.config.pixels)) if limit is None else size
+    size = seen = geometry_size(*shape, PIXEL_LIMIT if limit is None else limit)
+    if limit is None and network.config.pixels < PIXEL_LIMIT:
+        size, seen = map_size(*shape), geometry_size(*shape, network.config.pixels)
     prediction = network(show(seen)[None])
     colors = rearrange(to_u8(show(size)), "n c h w -> n h w c")
     intrinsics, poses = focal_from_rays(prediction.local_points[0]).cpu(), prediction.c2w[0].cpu()

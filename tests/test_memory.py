@@ -313,7 +313,7 @@ def test_a_small_network_sees_fewer_pixels(network, rollout):
         assert seen.pop() == size
     picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     (coarse,), (fine,) = estimate(network, [picture], network.config.pixels), estimate(network, [picture])
-    assert coarse.depth.shape == (70, 98) and fine.depth.shape == render.geometry_size(64, 96)
+    assert coarse.depth.shape == (70, 98) and fine.depth.shape == render.map_size(64, 96) == (252, 378)
     rows, columns = (large / small for large, small in zip(fine.depth.shape, coarse.depth.shape))
     assert fine.K[0, 0] == pytest.approx(coarse.K[0, 0].item() * columns, rel=0.02)
     assert fine.K[1, 1] == pytest.approx(coarse.K[1, 1].item() * rows, rel=0.02)

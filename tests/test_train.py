@@ -271,7 +271,7 @@ FOV = math.degrees(2 * math.atan(0.5))
 def wall(tmp_path, monkeypatch):
     """40 frames of a video with known depth and camera, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(render, "geometry_size", partial(geometry_size, limit=6_000))  # to be fast
+    monkeypatch.setattr(render, "map_size", partial(geometry_size, limit=6_000))  # to be fast
     frames, depth, c2w = side_scroll(40)
     np.save("wall.npy", frames)
     np.savez("depth.npz", depth)
