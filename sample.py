@@ -3,8 +3,8 @@
     python sample.py --image x.png --poses p.json --prompt "..." --weights weights/Helios-Distilled --out out.mp4
 
 The camera is given as a file of poses, as moves ("forward 1, yaw -20"), or as a finished warp video with its mask; with none
-of them Helios runs as it is (text to video, image to video, or --image with a video that is to be continued). Everything is
-checked before the first file is written. Every chunk is on disk as soon as it is made, and --continue goes on after the last
+of them Helios runs as it is (text to video, image to video, or --image with a video that is to be continued). Without any
+input it makes the demo's video. Everything is checked before the first file is written. Every chunk is on disk as soon as it is made, and --continue goes on after the last
 one (output.py); at the end there is one mp4, and beside it a warp video and a contact sheet. Unlike the official program, which rounds up to whole chunks and cuts to 4n + 1 frames, the video
 has exactly the frames asked for.
 """
@@ -39,6 +39,12 @@ from pi3x import Pi3X, load_pi3x
 from render import choose_fov, estimate, parse_size, place, run_program
 from wah import (MEMORY, Camera, Options, Rollout, encode_prompts, load_models, load_options, make_warp, native_size,
                  size_multiple)
+
+
+DATA = Path(__file__).parent / "data"
+DEMO = {"image": DATA / "plaza.png", "depth": DATA / "plaza_depth.png", "poses": DATA / "plaza.json",
+        "prompt": "a square with checked dark lime ground between houses, a checked orange ball, a yellow box, a striped"
+                  " green ball, a marbled dark brown box, a gray box, a striped blue box"}
 
 
 def default_weights() -> Path:
@@ -83,7 +89,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         " room, with small errors; stream: they come from the file as they are needed (README.md has a table)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer: slow to begin, faster then")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return argparse.Namespace(**vars(parser.parse_args(argv)), words=argv)
+    args = parser.parse_args(argv)
+    if not (args.image or args.poses or args.move or args.warp or args.prompt):
+        vars(args).update(DEMO)
+    return argparse.Namespace(**vars(args), words=argv)
 
 
 def parse_ablation(text: str, options: Options) -> Options:

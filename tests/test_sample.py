@@ -10,6 +10,7 @@ import time
 import weakref
 from functools import partial
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import imageio.v2 as imageio
@@ -24,10 +25,11 @@ import media
 from checkpoint import open_safetensors
 from goldens import DISTILLED, HELIOS, check
 from memory import Memory
+from mini.world import STILLS, caption, make_scene
 from output import Output
 from pi3x import load_pi3x
 from render import Warp
-from sample import main
+from sample import main, parse
 from wah import Chunk, Rollout, load_models
 
 SIZE = 64, 128
@@ -467,3 +469,13 @@ def test_missing_checkpoint(capsys, place):
     shutil.copytree(DISTILLED, weights)
     (weights / "tokenizer" / "spiece.model").unlink()
     refused(capsys, place, LED, "spiece.model", weights=weights)
+
+
+def test_without_any_input_it_is_the_demo():
+    """Shipped files, and the words of the scene that they show; any input of one's own turns it off."""
+    args = parse(["--seed", "3"])
+    assert args.image.is_file() and args.depth.is_file() and args.poses.is_file() and args.seed == 3
+    assert args.prompt == caption(make_scene(Random(STILLS[args.image.stem][0])))
+    for words in (["--image", "x.png"], ["--prompt", "a car"], ["--move", "pan 5"], ["--warp", "w.mp4"]):
+        args = parse(words)
+        assert args.depth is None and args.poses is None and args.prompt in ("", "a car")
