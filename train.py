@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, lru_cache, partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -164,16 +164,16 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 
 def load_clips(args: argparse.Namespace, sources: list[Source], size: tuple[int, int], recipe: Recipe) -> list[Clip]:
     pi3x = find_geometry(args.geometry, args.weights)
-    if args.depth is None and pi3x is None:
+    if not args.depth and pi3x is None:
         raise ValueError("no geometry: give the Pi3X weights (--geometry FILE; weights/README.md says where they are),"
                          " or the clip's own --poses and --depth")
     frames = [read_frames(source.video, size) for source in sources]
     args.out.mkdir(parents=True, exist_ok=True)
     network = cache(partial(load_pi3x, pi3x, args.device, network_dtype(args.device)))
     clips = []
-    for source, each in zip(sources, frames):
-        if args.depth is not None:
-            path = known_geometry(source.video, args.poses, args.depth, each, args.out)
+    for source, each, known in zip(sources, frames, zip(args.poses, args.depth) if args.depth else repeat(None)):
+        if known is not None:
+            path = known_geometry(source.video, *known, each, args.out)
             forward, reverse = Geometries(path, args.device), Geometries(path, args.device, backwards=True)
         else:
             estimated = partial(estimate_clip, pi3x, network, pixels=recipe.geometry_pixels, folder=args.out)
@@ -218,8 +218,9 @@ def check(args: argparse.Namespace) -> tuple[Recipe, tuple[int, int], list[Sourc
         raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
     if not set(recipe.stages) <= set(range(schedule.stages)) or not recipe.stages:
         raise ValueError(f"--set stages={recipe.stages}: {args.weights} has stages 0 to {schedule.stages - 1}")
-    if (args.poses is None) != (args.depth is None) or args.depth is not None and len(sources) > 1:
-        raise ValueError("--poses and --depth belong together, and to one video")
+    if not len(args.poses) == len(args.depth) in (0, len(sources)):
+        raise ValueError(f"{len(args.poses)} --poses and {len(args.depth)} --depth: expected one of each for each of the"
+                         f" {len(sources)} videos, or none")
     return recipe, size, sources
 
 
@@ -283,9 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     geometry = parser.add_mutually_exclusive_group()
     geometry.add_argument("--geometry", type=Path, help="Pi3X weights (default: Pi3X/model.safetensors in the weights'"
                                                         " folder or beside it)")
-    geometry.add_argument("--depth", type=Path, help="instead: the video's depths, npy or npz [T,h,w] or a folder of"
-                                                     " 16-bit png, and with them")
-    parser.add_argument("--poses", type=Path, help="its camera, a pose for each frame in the unit of the depths")
+    geometry.add_argument("--depth", action="append", default=[], type=Path, help="instead: a video's depths, npy or npz"
+                          " [T,h,w] or a folder of 16-bit png, and with them; of several videos in their order")
+    parser.add_argument("--poses", action="append", default=[], type=Path,
+                        help="its camera, a pose for each frame in the unit of the depths")
     parser.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder of the run")
     parser.add_argument("--size", help="HEIGHTxWIDTH, multiples of 64 (default: the model's own, officially 384x640)")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",

@@ -5,9 +5,10 @@ them moving, seen by a smoothly moving camera. Everything of a clip comes from o
 `render.py`: camera-to-world, OpenCV axes (x right, y down, z forward), pixel centres at integers, K in pixels; lengths
 are meters, the ground is y = 0. Colours are made for an 8x8-pixel codec: few large things, low-frequency textures, soft
 light. Left out: cast shadows beyond a dark spot below each thing, reflections, lens effects. Run as a program
-(`python -m mini.world`), it makes the demo files in `data/` again.
+(`python -m mini.world`), it makes the demo files in `data/` again, or clips with depths and poses for train.py.
 """
 
+import argparse
 import colorsys
 import json
 import math
@@ -601,12 +602,38 @@ STILLS = {  # demo pictures: seeds far from those of the training clips, and mov
 }  # fmt: skip
 
 
-def write_demos(folder: Path) -> None:
-    """The demo clip; and first frames with their depth (16 bit, millimeters, 0: sky or very far) and a path each."""
-    clip = car_roundabout()
-    with media.VideoWriter(folder / "car-roundabout.mp4", 16, clip.frames.shape[1:3]) as video:
+KNOWN = 1_100_003, 1_100_007, 1_100_008, 1_100_009  # seeds of clips for LoRAs of several videos
+
+
+def write_video(clip: Clip, path: Path) -> None:
+    with media.VideoWriter(path, 16, clip.frames.shape[1:3]) as video:
         for frame in clip.frames.numpy():
             video.write(frame)
+
+
+def write_path(path: Path, fov_x: float, c2w: Tensor) -> None:
+    rows = [[[round(value, 6) + 0.0 for value in row] for row in pose[:3]] for pose in c2w.tolist()]
+    matrices = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    path.write_text(f'{{"fps": 16, "fov_x": {fov_x}, "c2w": [\n{matrices}]}}\n')
+
+
+def write_known(folder: Path) -> None:
+    """The demo clip and four others, each with its depths (0: sky) and poses, and a csv of all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    clips, lines = {"car-roundabout": car_roundabout()}, ["video,prompt"]
+    clips |= {f"clip-{seed}": make_clip(seed, 99, (192, 288)) for seed in KNOWN}
+    for name, clip in clips.items():
+        write_video(clip, folder / f"{name}.mp4")
+        np.savez_compressed(folder / f"{name}_depth.npz", clip.depth.where(clip.depth.isfinite(), 0).numpy())
+        fov_x = math.degrees(2 * math.atan(clip.frames.shape[2] / 2 / clip.K[0, 0]))
+        write_path(folder / f"{name}.json", fov_x, clip.c2w)
+        lines.append(f'{name}.mp4,"{clip.caption}"')
+    (folder / "clips.csv").write_text("\n".join(lines) + "\n")
+
+
+def write_demos(folder: Path) -> None:
+    """The demo clip; and first frames with their depth (16 bit, millimeters, 0: sky or very far) and a path each."""
+    write_video(car_roundabout(), folder / "car-roundabout.mp4")
     for name, (seed, move) in STILLS.items():
         rng = Random(seed)
         scene = make_scene(rng)
@@ -615,10 +642,18 @@ def write_demos(folder: Path) -> None:
         media.save_png(folder / f"{name}.png", frames[0].numpy())
         millimeters = torch.where(depth[0] < 65.5, depth[0] * 1000, 0).round().numpy().astype(np.uint16)
         Image.fromarray(millimeters).save(folder / f"{name}_depth.png")
-        rows = [[[round(value, 6) + 0.0 for value in row] for row in pose[:3]] for pose in move_path(move).tolist()]
-        matrices = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-        (folder / f"{name}.json").write_text(f'{{"fps": 16, "fov_x": {fov_x}, "c2w": [\n{matrices}]}}\n')
+        write_path(folder / f"{name}.json", fov_x, move_path(move))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the demo files in data/ again.")
+    parser.add_argument("--known", type=Path, metavar="FOLDER", help="instead: clips with depths and poses, for train.py")
+    args = parser.parse_args()
+    if args.known is not None:
+        write_known(args.known)
+    else:
+        write_demos(Path(__file__).parent.parent / "data")
 
 
 if __name__ == "__main__":
-    write_demos(Path(__file__).parent.parent / "data")
+    main()

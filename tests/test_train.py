@@ -524,6 +524,12 @@ def test_known_camera_and_depth(wall, capsys):
         refused(capsys, "wall.npy", ["--poses", "poses.json", "--depth", depth, "--out", "third"], *parts)
     refused(capsys, "wall.npy", ["--depth", "depth.npz", "--out", "third"], "--poses", "--depth")
 
+    both = ["--video", "wall.npy", "--poses", "poses.json", "--depth", "depth.npz"]
+    refused(capsys, "wall.npy", [*both, "--out", "third"], "1 --poses", "2 videos")
+    own = ["--poses", "poses.json", "--depth", "maps", "--out", "two", "--set", "steps=1"]
+    assert train_on("wall.npy", *both, *own) == 0
+    assert len(list(Path("two").glob("geometry_*"))) == 2  # each with its own depths
+
 
 def test_one_stage(place):
     """A model without a pyramid is trained on the full grid; --size is by default the model's own."""

@@ -10,6 +10,7 @@ import torch
 from einops import rearrange
 
 import camera
+import clips
 import media
 import render as splat
 from goldens import check
@@ -252,3 +253,18 @@ def test_demo_files():
     scene, c2w = scene_and_path(seed, 66)
     _, expected = world.render(scene, c2w[:1], splat.pinhole(path.fov_x, 256, 384), (256, 384), samples=1)
     assert (depth / 1000 - expected[0]).abs().quantile(0.99) < 1e-3  # millimeters; but for edges on other machines
+
+
+def test_known_clips_can_be_read_back(tmp_path, monkeypatch):
+    """As train.py reads them: a pose and a depth for each frame, exactly; the sky has none."""
+    small = world.make_clip(1_100_007, 5, (32, 48))
+    monkeypatch.setattr(world, "car_roundabout", lambda: small)
+    monkeypatch.setattr(world, "KNOWN", ())
+    world.write_known(tmp_path)
+    (source,) = clips.read_sources([str(tmp_path / "clips.csv")], [])
+    assert source.prompt == small.caption
+    path, depths = camera.load_path(tmp_path / "car-roundabout.json"), clips.read_depths(tmp_path / "car-roundabout_depth.npz")
+    torch.testing.assert_close(path.c2w, small.c2w, rtol=0, atol=1e-5)
+    torch.testing.assert_close(splat.pinhole(path.fov_x, 32, 48), small.K, rtol=1e-5, atol=1e-4)
+    sky = small.depth.isinf()
+    assert 0 < sky.sum() and torch.equal(torch.stack(depths), small.depth.where(~sky, 0))
