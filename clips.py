@@ -27,7 +27,8 @@ from camera import WINDOW, load_path, normalize
 from checkpoint import open_safetensors
 from memory import render_keyframes, smooth_focals
 from pi3x import Pi3X
-from render import Geometry, Warp, choose_fov, collect, ensure_valid, estimate, place, quantize, to_u8, transform
+from render import (Geometry, Warp, choose_fov, collect, ensure_valid, estimate, place, quantize, render_frames, to_u8,
+                    transform)
 from vae import VAE
 from wah import CHUNK, mask_latents
 
@@ -45,6 +46,7 @@ class Choices:
     max_history: int = 19  # keyframes before a later chunk
     future: float = 0.5  # share of later chunks that also have keyframes from among the target's frames
     future_count: tuple[int, int] = (1, 2)
+    atlas: bool = True  # also a first chunk's holes show the far background. Kept for parity: in sampling they don't
 
 
 @dataclass(frozen=True)
@@ -256,12 +258,13 @@ class Clip:
         return rearrange(self.frames[list(index)], "t c h w -> 1 c t h w") / 255 * 2 - 1
 
 
-def render_case(clip: Clip, case: Case) -> Warp:
-    """A case's warp. Kept for parity: also a first chunk is rendered as keyframes are, unlike in sampling."""
+def render_case(clip: Clip, case: Case, atlas: bool = True) -> Warp:
+    """A case's warp; without `atlas` that of a first chunk is rendered as in sampling, from its first frame alone."""
     geometries = clip.reverse if case.reverse else clip.forward
     poses = normalize(geometries.c2w[case.path], len(case.path))
     keyframes = [geometries[index] for index in case.keyframes]
-    warp = collect(render_keyframes(keyframes, poses), tuple(clip.frames.shape[2:]))
+    frames = render_keyframes(keyframes, poses) if atlas or case.later else render_frames(keyframes[0], poses)
+    warp = collect(frames, tuple(clip.frames.shape[2:]))
     frames, visible = warp.frames[:, :, -WINDOW:], warp.visible[:, :, -WINDOW:]  # a later one begins with the keyframe
     return Warp(quantize(frames), (visible * 255).round() / 255)
 
@@ -284,9 +287,9 @@ class Conditions:
     """Latents of the clips' windows. Each is made once and kept in host memory, `limit` of a kind, and the longest
     unused go first; that is possible because officially every posterior sample is drawn from the same seed."""
 
-    def __init__(self, vae: VAE, clips: list[Clip], size: tuple[int, int], seed: int, limit: int, device: str):
-        self.vae, self.clips, self.device = vae, clips, device
-        generator = torch.Generator().manual_seed(seed)
+    def __init__(self, vae: VAE, clips: list[Clip], size: tuple[int, int], choices: Choices, limit: int, device: str):
+        self.vae, self.clips, self.choices, self.device = vae, clips, choices, device
+        generator = torch.Generator().manual_seed(choices.seed)
         shape = size[0] // vae.space_factor, size[1] // vae.space_factor
         self.image_noise, self.fake_noise, _, self.warp_noise = (  # the third, unused: kept for parity
             torch.randn(1, vae.config.z_dim, count, *shape, generator=generator) for count in (1, CHUNK, 1, CHUNK))
@@ -314,7 +317,7 @@ class Conditions:
         return self.encode(self.clips[clip].pixels(*index), None)
 
     def make_warp(self, clip: int, case: Case) -> tuple[Tensor, Tensor]:
-        return self.encode_warp(render_case(self.clips[clip], case))
+        return self.encode_warp(render_case(self.clips[clip], case, self.choices.atlas))
 
     def __call__(self, clip: int, case: Case) -> Condition:
         count = len(self.clips[clip].frames)

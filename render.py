@@ -138,8 +138,9 @@ def transform(pose: Tensor, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
     return [(a * x).add_(y, alpha=b).add_(z, alpha=c).add_(t) for a, b, c, t in pose[:3].tolist()]
 
 
-def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor) -> Geometry:
-    """From `image` [1,3,H,W] in [-1,1], its `depth` [h,w] (unknown: not finite or not positive), `K` in its pixels."""
+def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor | None = None) -> Geometry:
+    """From `image` [1,3,H,W] in [-1,1], its `depth` [h,w] (unknown: not finite or not positive), `K` in its pixels. The
+    colours are those of a larger copy of the image, if given: edges in them and in the depth then fall together."""
     height, width = image.shape[-2:]
     size = map_size(height, width)
     known = depth.isfinite() & (depth > 0)
@@ -151,8 +152,9 @@ def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor) -> Geometry:
     depth = torch.where(valid, depth, 0)
     points = unproject(depth, K, c2w)
     valid = valid & ~mesh_break(points, depth, valid)
-    rgb = rearrange(to_u8(resize((image / 2 + 0.5).clamp(0, 1), size)), "1 c h w -> h w c")
-    return ensure_valid(Geometry(points, depth, torch.ones_like(depth), valid, K, c2w, rgb))
+    colors = (image if sharp is None else sharp) / 2 + 0.5
+    rgb = rearrange(to_u8(resize(colors.clamp(0, 1), size)), "1 c h w -> h w c")
+    return ensure_valid(Geometry(points, depth, valid.float(), valid, K, c2w, rgb))  # what is torn stays torn
 
 
 def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, int],
@@ -167,7 +169,9 @@ def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, i
     top, left = (round(n * (1 - share) / 2) for n, share in zip(depth.shape, (rows, columns)))
     depth = depth[top : len(depth) - top, left : depth.shape[1] - left].to(device)
     fov_x = 2 * math.degrees(math.atan(math.tan(math.radians(fov_x) / 2) * columns))
-    return image, geometry_from_depth(image, depth, pinhole(fov_x, *size))
+    factor = max(1, round(map_size(*size)[0] / size[0]))  # 1 but for thumbnails
+    sharp = media.fit_image(picture, (factor * size[0], factor * size[1])).to(device)
+    return image, geometry_from_depth(image, depth, pinhole(fov_x, *size), sharp)
 
 
 @torch.no_grad()

@@ -233,7 +233,7 @@ def train(args: argparse.Namespace) -> None:
     embeddings = embed_prompts(args.weights, wanted, args.device, args.memory)
     models = load_models(args.weights, args.device, args.memory)
     trainer = Trainer(models.transformer, models.schedule, recipe)
-    conditions = Conditions(models.vae, clips, size, recipe.seed, recipe.cache, args.device)
+    conditions = Conditions(models.vae, clips, size, recipe, recipe.cache, args.device)
     data = [{"video": source.video.name, "prompt": source.prompt, "geometry": clip.forward.path.name}
             for source, clip in zip(sources, clips)]  # the geometry's name stands for the frames too
     about = {"base": args.weights.resolve().name, "fp8": args.memory == "fp8", "size": size, "clips": data,

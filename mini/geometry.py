@@ -175,7 +175,7 @@ def main() -> None:
     parser.add_argument("--decay", type=int, default=5000, help="steps at the end over which the learning rate falls")
     args = parser.parse_args()
     if args.part == "train":
-        train(args.folder, Recipe(args.steps, args.decay, half=False))  # bf16 is too coarse for depth
+        train(args.folder, Recipe(args.steps, args.decay, half=False))  # for its decomposition has no bf16
     elif args.part == "export":
         export(args.folder / "geometry.safetensors", args.weights)
     else:

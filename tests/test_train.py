@@ -24,8 +24,8 @@ import render
 import train
 from camera import normalize
 from checkpoint import load, load_lora
-from clips import (Case, Clip, Condition, Conditions, Geometries, draw_case, find_video, item_order, known_geometry,
-                   read_frames, render_case)
+from clips import (Case, Choices, Clip, Condition, Conditions, Geometries, draw_case, find_video, item_order,
+                   known_geometry, read_frames, render_case)
 from flow import load_schedule
 from goldens import DISTILLED, GEOMETRY, HELIOS, cases, check, tensors
 from model import Helios
@@ -83,7 +83,7 @@ def pixels(*frames: np.ndarray) -> torch.Tensor:
 def test_conditions():
     warp = make_warp(INPUTS["warp"][:33], INPUTS["mask"][:33] / 255, INPUTS["image"].shape[:2])
     seed = CASES["cond"]["seed(args.seed, prepare_condition generator)"]
-    conditions = Conditions(load(VAE, DISTILLED / "vae"), [], INPUTS["image"].shape[:2], seed, 1, "cpu")
+    conditions = Conditions(load(VAE, DISTILLED / "vae"), [], INPUTS["image"].shape[:2], Choices(seed), 1, "cpu")
     image, fake = conditions.encode_image(pixels(INPUTS["image"]))
     latents, visible = conditions.encode_warp(warp)
     target = conditions.encode(pixels(*INPUTS["warp"][33:66]), None)
@@ -300,6 +300,21 @@ def test_warps_agree_with_the_video(wall, case):
     assert warp.visible.expand_as(near)[near].mean() > 0.95
     for x in (warp.frames / 2 + 0.5, warp.visible):
         assert (x * 255 - (x * 255).round()).abs().max() < 1e-3  # 8 bits
+
+
+def test_first_chunks_without_the_atlas(wall):
+    """As sampling renders a first chunk: holes stay holes; a later chunk's warp has its background all the same."""
+    frames = read_frames(Path("wall.npy"), (64, 64))
+    path = known_geometry(Path("wall.npy"), Path("poses.json"), Path("depth.npz"), frames, wall)
+    clip = Clip("", frames, Geometries(path, "cpu"), Geometries(path, "cpu", backwards=True))
+    first, later = Case(False, 3, (3,)), Case(False, 6, (3, 4, 5))
+    filled, bare = (render_case(clip, first, atlas) for atlas in (True, False))
+    same, plain = (render_case(clip, later, atlas) for atlas in (True, False))
+    sampled = render.render(clip.forward[3], normalize(clip.forward.c2w[first.path], 33), (64, 64))
+    torch.testing.assert_close(bare.frames, render.quantize(sampled.frames), rtol=0, atol=1e-5)
+    assert torch.equal(same.frames, plain.frames)
+    assert bare.visible.mean() < filled.visible.mean() - 0.05
+
 
 
 # ---------------------------------------------------------------------------------------------------------- as a user
