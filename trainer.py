@@ -45,6 +45,7 @@ class Recipe(Choices):
     levels: str = "table"  # or shifted (dynamic shifting) or interval (between a sampler's first two points)
     interval_steps: int = 2  # of that sampler
     density: str = "uniform"  # of the noise levels; or logit_normal, or first (the stage's first level alone)
+    draws: int = 1  # of noise and its level in a step; more make a steadier gradient where warps cost more than it does
     history: tuple[int, int, int] = BANDS  # latent frames of the long, mid and short band before the target
     warp_noise: bool = True
     warp_sigma: tuple[float, float] = (0.111, 0.135)
@@ -60,9 +61,9 @@ class Recipe(Choices):
     def __post_init__(self):
         shares = self.reverse, self.first, self.future, self.threshold, self.final_lr
         low, high = self.future_count
-        whole = self.steps, self.rank, self.save_every, self.max_history, self.cache
+        whole = self.steps, self.rank, self.draws, self.save_every, self.max_history, self.cache
         for names, good, expected in (
-            ("steps rank save_every max_history cache", min(whole) > 0, "at least 1"),
+            ("steps rank draws save_every max_history cache", min(whole) > 0, "at least 1"),
             ("lr scale clip", min(self.lr, self.scale, self.clip) > 0, "more than 0"),
             ("warmup weight_decay", min(self.warmup, self.weight_decay) >= 0, "at least 0"),
             ("reverse first future threshold final_lr", 0 <= min(shares) <= max(shares) <= 1, "from 0 to 1"),
@@ -138,10 +139,9 @@ def build_history(condition: Condition, recipe: Recipe, generator: torch.Generat
 
 
 def draw_items(clean: Tensor, schedule: Schedule, recipe: Recipe, generator: torch.Generator) -> list[Item]:
-    """A flow-matching pair for each trained stage, all from the same noise."""
+    """`recipe.draws` times a flow-matching pair for each trained stage, all stages from the same noise."""
     levels = {"table": table_levels, "shifted": shifted_levels,
               "interval": partial(interval_levels, steps=recipe.interval_steps)}[recipe.levels]
-    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
 
     def draw() -> Tensor:
         if recipe.density == "first":
@@ -149,7 +149,11 @@ def draw_items(clean: Tensor, schedule: Schedule, recipe: Recipe, generator: tor
         uniform = recipe.density == "uniform"
         return torch.rand(1, generator=generator) if uniform else torch.randn(1, generator=generator).sigmoid()
 
-    return [training_item(clean, noise, draw(), schedule, stage, levels) for stage in recipe.stages]
+    items = []
+    for _ in range(recipe.draws):
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        items += [training_item(clean, noise, draw(), schedule, stage, levels) for stage in recipe.stages]
+    return items
 
 
 # ------------------------------------------------------------------------------------------------------------ the LoRA

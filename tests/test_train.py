@@ -139,6 +139,16 @@ def test_items(name):
             check("training items", value[:, 1::5] if whole is None else value, expected, 1e-5)
 
 
+def test_several_draws_are_one_after_the_other():
+    """Three draws of a stage are those of three calls in a row: other noise, other levels."""
+    schedule, clean = load_schedule(DISTILLED), GOLDEN["cond.target_latents"]
+    together, generator = draw_items(clean, schedule, Recipe(draws=3), stream(5)), stream(5)
+    single = [draw_items(clean, schedule, Recipe(), generator)[0] for _ in range(3)]
+    assert len(together) == 3 and len({item.sigma.item() for item in together}) == 3
+    for item, other in zip(together, single):
+        assert torch.equal(item.latents, other.latents) and torch.equal(item.timestep, other.timestep)
+
+
 def trainer_of(transformer: Helios, start: dict | None = None, **options) -> Trainer:
     trainer = Trainer(transformer, load_schedule(DISTILLED), Recipe(rank=RANK, **options))
     for name, value in (start or {}).items():
