@@ -2,11 +2,12 @@
 
     python sample.py --image x.png --poses p.json --prompt "..." --weights weights/Helios-Distilled --out out.mp4
 
-The camera is given as a file of poses, as moves ("forward 1, yaw -20"), or as a finished warp video with its mask; with none
-of them Helios runs as it is (text to video, image to video, or --image with a video that is to be continued). Without any
-input it makes the demo's video. Everything is checked before the first file is written. Every chunk is on disk as soon as it is made, and --continue goes on after the last
-one (output.py); at the end there is one mp4, and beside it a warp video and a contact sheet. Unlike the official program, which rounds up to whole chunks and cuts to 4n + 1 frames, the video
-has exactly the frames asked for.
+The camera is given as a file of poses, as moves ("forward 1, yaw -20"), or as a finished warp video with its mask; with
+none of them Helios runs as it is (text to video, image to video, or --image with a video that is to be continued). Without
+any argument it makes the demo's video. Everything is checked before the first file is written. Every chunk is on disk as
+soon as it is made, and --continue goes on after the last one (output.py); at the end there is one mp4, and beside it a warp
+video and a contact sheet. Unlike the official program, which rounds up to whole chunks and cuts to 4n + 1 frames, the
+video has exactly the frames asked for.
 """
 
 import argparse
@@ -90,7 +91,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="torch.compile the transformer: slow to begin, faster then")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    if not (args.image or args.poses or args.move or args.warp or args.prompt):
+    if not argv:
         vars(args).update(DEMO)
     return argparse.Namespace(**vars(args), words=argv)
 

@@ -11,6 +11,7 @@ drops it. Left out: Pi3's alignment of scale, as it is known here, and its loss 
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -123,6 +124,7 @@ def train(folder: Path, recipe: Recipe) -> None:
         parts = [losses(network(views.images), views) for views in held_out]
         return {name: torch.stack([part[name] for part in parts if name in part]).mean().item() for name in WEIGHTS}
 
+    recipe = replace(recipe, half=False)  # the rotation's decomposition has no bf16
     fit(network, accumulate, validate, recipe, folder / "geometry.safetensors")
 
 
@@ -175,7 +177,7 @@ def main() -> None:
     parser.add_argument("--decay", type=int, default=5000, help="steps at the end over which the learning rate falls")
     args = parser.parse_args()
     if args.part == "train":
-        train(args.folder, Recipe(args.steps, args.decay, half=False))  # for its decomposition has no bf16
+        train(args.folder, Recipe(args.steps, args.decay))
     elif args.part == "export":
         export(args.folder / "geometry.safetensors", args.weights)
     else:
