@@ -154,7 +154,7 @@ def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor |
     valid = valid & ~mesh_break(points, depth, valid)
     colors = (image if sharp is None else sharp) / 2 + 0.5
     rgb = rearrange(to_u8(resize(colors.clamp(0, 1), size)), "1 c h w -> h w c")
-    return ensure_valid(Geometry(points, depth, valid.float(), valid, K, c2w, rgb))  # what is torn stays torn
+    return ensure_valid(Geometry(points, depth, torch.ones_like(depth), valid, K, c2w, rgb))
 
 
 def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, int],

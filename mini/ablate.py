@@ -36,6 +36,7 @@ from checkpoint import Lora, load_lora
 from mini import world
 from mini.pretrain import HELD_OUT
 from mini.world import Clip, make_clip
+from output import to_frames
 from pi3x import Pi3X, load_pi3x
 from vae import VAE
 from render import Warp, ensure_valid, estimate, median_depth, render, transform, unproject
@@ -268,7 +269,7 @@ def run(args: argparse.Namespace) -> None:
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         scenes = list(pool.map(partial(judge, args=args), seeds))
     results = {name: [row for scene, _ in scenes for row in scene[name]] for name in scenes[0][0]}
-    rows = {f"{number} {name}": to_u8(video) for number, (_, videos) in enumerate(scenes[:4])
+    rows = {f"{number} {name}": to_frames(video / 2 + 0.5) for number, (_, videos) in enumerate(scenes[:4])
             for name, video in videos.items()}
     args.out.mkdir(parents=True, exist_ok=True)
     media.save_png(args.out / "ablation.png", media.contact_sheet(rows, tile_width=96))
@@ -277,10 +278,6 @@ def run(args: argparse.Namespace) -> None:
     (args.out / "ablation.md").write_text(text)
     seconds = time.perf_counter() - begin
     print(f"{text}\n{len(scenes)} scenes, {args.seeds} seeds, {seconds:.0f} s; pictures in {args.out}")
-
-
-def to_u8(frames: Tensor) -> np.ndarray:
-    return (rearrange(frames, "1 c t h w -> t h w c") * 127.5 + 127.5).round().clamp(0, 255).byte().numpy()
 
 
 def mean_and_error(values: list[float]) -> str:

@@ -11,7 +11,6 @@ drops it. Left out: Pi3's alignment of scale, as it is known here, and its loss 
 """
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -30,7 +29,7 @@ from mini.pretrain import HELD_OUT, Recipe, averaged_weights, fit
 from pi3x import Branch, Pi3X, Pi3XConfig, Prediction, load_pi3x
 from render import ensure_valid, estimate, geometry_from_depth, median_depth, resize
 
-# Most of a step goes into the convolutional heads, most of the learning is done by the blocks: narrow heads learn faster.
+# Most of a step goes into the convolutional heads and most of the learning into the blocks: so the heads are narrow.
 CONFIG = Pi3XConfig(dim=192, grid=9, registers=1, specials=1, encoder_blocks=4, encoder_hidden=512, decoder_blocks=6,
                     decoder_hidden=512, point=Branch(128, 1, 256, 64), conf=Branch(64, 1, 128, 64),
                     camera=Branch(128, 1, 256, 64), metric=Branch(64, 1, 128, 64),
@@ -124,7 +123,6 @@ def train(folder: Path, recipe: Recipe) -> None:
         parts = [losses(network(views.images), views) for views in held_out]
         return {name: torch.stack([part[name] for part in parts if name in part]).mean().item() for name in WEIGHTS}
 
-    recipe = replace(recipe, half=False)  # the rotation's decomposition has no bf16
     fit(network, accumulate, validate, recipe, folder / "geometry.safetensors")
 
 

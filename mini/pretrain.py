@@ -66,7 +66,7 @@ class Recipe:
     weight_decay: float = 0.01
     average: float = 0.998  # of the weights that are kept beside the trained ones
     every: int = 200  # steps between checkpoints and validations
-    half: bool = torch.cpu.get_capabilities().get("avx512_bf16", False)  # autocast to bf16, where it pays
+    half: bool = False  # autocast to bf16
 
 
 def optimizers(network: nn.Module, recipe: Recipe) -> tuple[list[nn.Parameter], list[torch.optim.Optimizer]]:
@@ -376,11 +376,12 @@ def main() -> None:
     parser.add_argument("--decay", type=int, default=1, help="steps at the end over which the learning rate falls")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--half", action="store_true", help="compute in bf16: faster where a CPU has avx512_bf16")
     parser.add_argument("--start", type=Path, help="an export, whose codec, tokenizer or weights to begin with")
     parser.add_argument("--target", type=Path, default=Path("weights/mini"), help="export: where to")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(args.steps, args.decay, args.lr)
+    recipe = Recipe(args.steps, args.decay, args.lr, half=args.half)
     if args.part == "clips":
         codec = args.folder / "codec.safetensors"
         if args.start is not None:

@@ -605,12 +605,6 @@ STILLS = {  # demo pictures: seeds far from those of the training clips, and mov
 KNOWN = 1_100_003, 1_100_007, 1_100_008, 1_100_009  # seeds of clips for LoRAs of several videos
 
 
-def write_video(clip: Clip, path: Path) -> None:
-    with media.VideoWriter(path, 16, clip.frames.shape[1:3]) as video:
-        for frame in clip.frames.numpy():
-            video.write(frame)
-
-
 def write_path(path: Path, fov_x: float, c2w: Tensor) -> None:
     rows = [[[round(value, 6) + 0.0 for value in row] for row in pose[:3]] for pose in c2w.tolist()]
     matrices = ",\n".join(f"  {json.dumps(row)}" for row in rows)
@@ -623,7 +617,7 @@ def write_known(folder: Path) -> None:
     clips, lines = {"car-roundabout": car_roundabout()}, ["video,prompt"]
     clips |= {f"clip-{seed}": make_clip(seed, 99, (192, 288)) for seed in KNOWN}
     for name, clip in clips.items():
-        write_video(clip, folder / f"{name}.mp4")
+        media.write_video(folder / f"{name}.mp4", clip.frames.numpy(), 16)
         np.savez_compressed(folder / f"{name}_depth.npz", clip.depth.where(clip.depth.isfinite(), 0).numpy())
         fov_x = math.degrees(2 * math.atan(clip.frames.shape[2] / 2 / clip.K[0, 0]))
         write_path(folder / f"{name}.json", fov_x, clip.c2w)
@@ -633,7 +627,7 @@ def write_known(folder: Path) -> None:
 
 def write_demos(folder: Path) -> None:
     """The demo clip; and first frames with their depth (16 bit, millimeters, 0: sky or very far) and a path each."""
-    write_video(car_roundabout(), folder / "car-roundabout.mp4")
+    media.write_video(folder / "car-roundabout.mp4", car_roundabout().frames.numpy(), 16)
     for name, (seed, move) in STILLS.items():
         rng = Random(seed)
         scene = make_scene(rng)
@@ -647,7 +641,7 @@ def write_demos(folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo files in data/ again.")
-    parser.add_argument("--known", type=Path, metavar="FOLDER", help="instead: clips with depths and poses, for train.py")
+    parser.add_argument("--known", type=Path, metavar="FOLDER", help="instead: clips, depths and poses for train.py")
     args = parser.parse_args()
     if args.known is not None:
         write_known(args.known)

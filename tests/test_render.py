@@ -371,6 +371,15 @@ def test_identity_reproduces_the_source(depth, slope, fov):
     assert (rgb.int() - source.rgb.int())[visible].abs().max() <= step  # a sample is at most half a pixel away
 
 
+def test_a_thumbnail_keeps_the_pictures_colours():
+    """Stripes too fine for the video's own size are still on the geometry's surface; at official sizes nothing changes."""
+    stripes = np.tile(np.repeat(np.uint8([0, 255]), 3), 64)[None, :, None].repeat(256, 0).repeat(3, 2)
+    image, geometry = render.place(Image.fromarray(stripes), None, 60, (64, 96))
+    assert geometry.rgb.float().std() > 90 > 127.5 * image.std()
+    image, geometry = render.place(Image.fromarray(stripes), None, 60, (384, 640))
+    assert torch.equal(geometry.rgb, render.geometry_from_depth(image, torch.ones(1, 1), render.pinhole(60, 384, 640)).rgb)
+
+
 def test_geometry_from_depth_is_a_pinhole():
     source = render.geometry_from_depth(picture(), torch.ones(3, 5) * 2, render.pinhole(90, 96, 160))
     height, width = source.depth.shape
