@@ -1,6 +1,6 @@
 """Side by side with the peers: our networks against diffusers, transformers and peft in time, memory and numbers.
 
-    python bench.py [dit vae text chunk train load] [--width 1024 --layers 8 --size 384x640 --rounds 5]
+    python bench.py [dit vae text chunk train load] [--width 1024 --layers 8 --size 384x640 --rounds 3]
     python bench.py --meta
 
 The released models, scaled in width and depth, with random weights that both sides share (tests/peers.py). A row runs
@@ -312,8 +312,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--size", default="384x640", help="of dit, chunk and train: HEIGHTxWIDTH, multiples of 64")
     parser.add_argument("--vae-dim", type=int, default=96, help="base_dim in the part vae; 96 is the released one")
-    parser.add_argument("--vae-size", default="128x192", help="of the part vae, whose time is in proportion to it")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--vae-size", default="64x96", help="of the part vae, whose time is in proportion to it")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--meta", action="store_true", help="count the released transformer at --size; nothing is run")
     return argparse.Namespace(**vars(parser.parse_args(argv)), words=argv)

@@ -85,7 +85,8 @@ class Pi3XConfig:
 
         def head(name: str) -> tuple[tuple[int, int], ...]:
             levels = [f"{name}.upsample_blocks.{level}" for level in range(count(f"{name}.upsample_blocks"))]
-            return tuple((size(f"{level}.0.0.weight", 1, GROUP // 2), count(level) - 1) for level in levels)
+            blocks = [count(level) - 1 for level in levels]  # residual ones, whose channels are normalised in groups
+            return tuple((size(f"{level}.0.0.weight", 1, GROUP // 2 if n else 1), n) for level, n in zip(levels, blocks))
 
         return cls(
             dim=size("encoder.norm.weight", 0, HEAD_DIM),

@@ -173,9 +173,10 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, default=Path("weights/mini/Pi3X/model.safetensors"))
     parser.add_argument("--steps", type=int, default=15000)
     parser.add_argument("--decay", type=int, default=5000, help="steps at the end over which the learning rate falls")
+    parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
     if args.part == "train":
-        train(args.folder, Recipe(args.steps, args.decay))
+        train(args.folder, Recipe(args.steps, args.decay, args.lr))
     elif args.part == "export":
         export(args.folder / "geometry.safetensors", args.weights)
     else:
