@@ -157,3 +157,11 @@ def test_evaluation_of_a_perfect_network(monkeypatch, capsys):
     assert twice["PSNR, estimate"] == pytest.approx(right["PSNR, estimate"], abs=0.3)
     assert twice["PSNR, in meters"] < right["PSNR, in meters"] - 1
     assert "| focal length | 0.000 |" in capsys.readouterr().out
+
+
+def test_the_shape_that_is_trained_can_be_loaded():
+    """Its last levels are narrower than a group of channels, which matters to residual blocks only."""
+    with torch.device("meta"):
+        network = Pi3X(geometry.CONFIG)
+    shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+    assert Pi3XConfig.from_shapes(shapes) == geometry.CONFIG
