@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,7 @@ class Choices:
     max_history: int = 19  # keyframes before a later chunk
     future: float = 0.5  # share of later chunks that also have keyframes from among the target's frames
     future_count: tuple[int, int] = (1, 2)
+    forms: int = 1  # of every clip, up to 12: also mirrored and with its colours exchanged. Officially it is 1
     atlas: bool = True  # also a first chunk's holes show the far background. Kept for parity: in sampling they don't
 
 
@@ -56,6 +58,7 @@ class Case:
     reverse: bool
     start: int  # first of the 33 target frames
     keyframes: tuple[int, ...]  # the warp is rendered from them, as seen from the latest one's camera
+    form: int = 0  # of the clip, for `change_form`
 
     @property
     def later(self) -> bool:
@@ -84,18 +87,18 @@ def draw_case(choices: Choices, frames: int, row: str, index: int) -> Case:
     """The official choice for the `index`th step (from 1) on a clip named `row` of `frames` frames."""
     name = f"{choices.seed}|online_warp_training|{row}|{index}".encode()
     digest = hashlib.blake2b(name, digest_size=8).digest()
-    rng = random.Random(int.from_bytes(digest, "little") % (2**63 - 1))
+    rng, form = random.Random(int.from_bytes(digest, "little") % (2**63 - 1)), digest[0] % choices.forms
     reverse = choices.reverse > 0 and rng.random() < choices.reverse
     if rng.random() < choices.first or frames <= WINDOW:
         start = rng.randint(0, frames - WINDOW)
-        return Case(reverse, start, (start,))
+        return Case(reverse, start, (start,), form)
     start = rng.randint(1, frames - WINDOW)
     history = rng.randint(1, min(choices.max_history, start))
     keyframes = range(start - history, start)
     if rng.random() < choices.future:
         count = rng.randint(*choices.future_count)
         keyframes = [*keyframes, *sorted(rng.sample(range(start, start + WINDOW), count))]
-    return Case(reverse, start, tuple(keyframes))
+    return Case(reverse, start, tuple(keyframes), form)
 
 
 def item_order(count: int, seed: int) -> Iterator[int]:
@@ -103,6 +106,13 @@ def item_order(count: int, seed: int) -> Iterator[int]:
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield from torch.randperm(count, generator=generator).tolist()
+
+
+def change_form(video: Tensor, form: int) -> Tensor:
+    """A form of a video [B, C, T, H, W]: 0 is the video itself, odd ones are mirrored; colours are exchanged, if any."""
+    orders = list(permutations(range(3)))
+    video = video[:, orders[form // 2]] if video.shape[1] == 3 else video
+    return video.flip(-1) if form % 2 else video
 
 
 # --------------------------------------------------------------------------------------------------------------- videos
@@ -212,6 +222,12 @@ def read_depths(path: Path) -> list[Tensor]:
     return list(torch.from_numpy(depth.astype(np.float32)))
 
 
+def files_beside(video: Path) -> tuple[Path, Path] | None:
+    """Poses and depths of a video whose geometry is known, NAME.json and NAME_depth.npz in its folder."""
+    files = video.with_suffix(".json"), video.with_name(f"{video.stem}_depth.npz")
+    return files if all(file.is_file() for file in files) else None
+
+
 def known_geometry(video: Path, poses: Path, depth: Path, frames: Tensor, folder: Path) -> Path:
     """The geometry of a clip whose camera and depths are known, in one unit, as a file."""
     camera, depths, size = load_path(poses), read_depths(depth), tuple(frames.shape[2:])
@@ -266,6 +282,7 @@ def render_case(clip: Clip, case: Case, atlas: bool = True) -> Warp:
     frames = render_keyframes(keyframes, poses) if atlas or case.later else render_frames(keyframes[0], poses)
     warp = collect(frames, tuple(clip.frames.shape[2:]))
     frames, visible = warp.frames[:, :, -WINDOW:], warp.visible[:, :, -WINDOW:]  # a later one begins with the keyframe
+    frames, visible = (change_form(each, case.form) for each in (frames, visible))
     return Warp(quantize(frames), (visible * 255).round() / 255)
 
 
@@ -310,11 +327,11 @@ class Conditions:
     def encode_warp(self, warp: Warp) -> tuple[Tensor, Tensor]:
         return self.encode(warp.frames, self.warp_noise), mask_latents(warp.visible).cpu()
 
-    def make_image(self, clip: int, index: int) -> tuple[Tensor, Tensor]:
-        return self.encode_image(self.clips[clip].pixels(index))
+    def make_image(self, clip: int, index: int, form: int) -> tuple[Tensor, Tensor]:
+        return self.encode_image(change_form(self.clips[clip].pixels(index), form))
 
-    def make_target(self, clip: int, index: tuple[int, ...]) -> Tensor:
-        return self.encode(self.clips[clip].pixels(*index), None)
+    def make_target(self, clip: int, index: tuple[int, ...], form: int) -> Tensor:
+        return self.encode(change_form(self.clips[clip].pixels(*index), form), None)
 
     def make_warp(self, clip: int, case: Case) -> tuple[Tensor, Tensor]:
         return self.encode_warp(render_case(self.clips[clip], case, self.choices.atlas))
@@ -322,6 +339,6 @@ class Conditions:
     def __call__(self, clip: int, case: Case) -> Condition:
         count = len(self.clips[clip].frames)
         targets = tuple(case.original(index, count) for index in case.targets)
-        image = self.image(clip, case.original(case.condition, count))
-        latents = self.target(clip, targets), *image, *self.warp(clip, case)
+        image = self.image(clip, case.original(case.condition, count), case.form)
+        latents = self.target(clip, targets, case.form), *image, *self.warp(clip, case)
         return Condition(*(each.to(self.device) for each in latents))

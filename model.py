@@ -8,18 +8,20 @@ and which of their tokens are dropped (`Band`, `History`; the decisions are made
 `Helios.context` and `Helios.text` prepare all that does not depend on the noisy latents, once per pyramid stage and prompt;
 `Helios.forward` is then one denoising step. History and target tokens travel as two segments, since each has its own
 modulation (history is always "at t = 0"). Module names are the checkpoint's names, so no key map exists.
-For training, `checkpointing` keeps nothing of a block but its inputs and runs it again in the backward pass.
+For training, `checkpointing` keeps nothing of a block but its inputs and runs it again in the backward pass; with
+`keep_attention` all of it but the attention, whose results are small and take most of a block's time.
 Left out: options that no released recipe uses (key boosts, learned rotary offsets, a replacement for dropped tokens).
 """
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from checkpoint import Lora
 
@@ -302,6 +304,15 @@ def sinusoid(timestep: Tensor, width: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
+def attention_kept() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For a block's two forward passes: the second takes from the first what attention gave, on any device."""
+    def policy(context, operation: torch._ops.OpOverload, *arguments, **options) -> CheckpointPolicy:
+        kept = "scaled_dot_product" in operation.name()
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
 class Helios(nn.Module):
     """The DiT. Parameters are named and shaped as in transformer/ of the released checkpoints."""
 
@@ -314,7 +325,7 @@ class Helios(nn.Module):
     def __init__(self, config: HeliosConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False
+        self.checkpointing = self.keep_attention = False
         time, height, width = config.patch_size
 
         def patch(scale: int) -> nn.Conv3d:
@@ -389,7 +400,8 @@ class Helios(nn.Module):
             last = block is self.blocks[-1]
             arguments = history, target, history_time, target_time, block_text, context.rope, last
             if self.checkpointing and torch.is_grad_enabled() and not last:  # the last one's turn comes again at once
-                history, target = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False)
+                history, target = checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False,
+                                             context_fn=attention_kept if self.keep_attention else noop_context_fn)
             else:
                 history, target = block(*arguments)
         shift, scale = (self.norm_out.scale_shift_table + embedding).split(1, dim=1)
@@ -401,7 +413,7 @@ class Helios(nn.Module):
     def flops(self, context: Context, text_rows: int = 512, training: bool = False) -> int:
         """Floating-point operations of the blocks' matrix products with a batch of 1, in one `forward` or, for
         `training`, in a whole step: forward, backward (no gradients of frozen weights; attention counts 2.5 times) and
-        the second forward of `checkpointing`. The LoRA's own products, about 1 % at full size, are not counted."""
+        what `checkpointing` computes again. The LoRA's own products, about 1 % at full size, are not counted."""
         dim, hidden = self.config.dim, self.config.ffn_dim
         total, history = context.rope.shape[0], context.tokens.shape[1]
         target = total - history
@@ -414,7 +426,7 @@ class Helios(nn.Module):
             attention = 4 * dim * total * tokens + 4 * dim * text_rows * reading
             forward = qkv + layers + attention
             backward = layers + attention * 5 // 2 + (0 if first else qkv)  # no gradient has to leave the first block
-            again = forward if self.checkpointing and not last else 0
+            again = forward - attention * self.keep_attention if self.checkpointing and not last else 0
             return forward + again + backward if training else forward
 
         count = self.config.num_layers

@@ -356,6 +356,7 @@ class Pi3X(nn.Module):
     Config = Pi3XConfig
     fp32 = ("norm", "gamma", "token", "pos_embed", "image_", "_head.")  # stay fp32 in a bf16 model
     aliases: dict[str, str] = {}
+    rotation = staticmethod(nearest_rotation)  # of the camera head's nine numbers; training sets another
     ignored = ("depth_encoder.", "depth_emb", "ray_embed.", "pose_inject_blk.")  # the multimodal branch
 
     def __init__(self, config: Pi3XConfig):
@@ -415,7 +416,7 @@ class Pi3X(nn.Module):
 
         z = log_z.clamp_max(15).exp()
         local, rays = torch.cat([xy * z, z], dim=-1), F.normalize(F.pad(xy, (0, 1), value=1.0), dim=-1)
-        c2w = torch.cat([nearest_rotation(nine), translation[..., None]], dim=-1)
+        c2w = torch.cat([self.rotation(nine), translation[..., None]], dim=-1)
         local, rays, confidence, c2w = (
             rearrange(x, "(b n) ... -> b n ...", n=count) for x in (local, rays, confidence[..., 0], c2w)
         )

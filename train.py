@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, lru_cache, partial
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import media
 from camera import WINDOW
-from checkpoint import network_dtype, open_safetensors
-from clips import (Clip, Conditions, Geometries, Source, draw_case, estimate_clip, item_order, known_geometry,
-                   read_frames, read_sources)
+from checkpoint import network_dtype, open_safetensors, read_json
+from clips import (Clip, Conditions, Geometries, Source, draw_case, estimate_clip, files_beside, item_order,
+                   known_geometry, read_frames, read_sources)
 from flow import load_schedule
 from output import to_frames
 from pi3x import load_pi3x
@@ -41,7 +41,7 @@ from trainer import TARGETS, Recipe, Trainer, build_history, parse_recipe
 from wah import (MEMORY, NEGATIVE_PROMPT, Camera, Models, Prompts, Rollout, add_trigger, embed_prompts, load_models,
                  load_options, native_size, size_multiple)
 
-FREE = {"steps", "save_every", "sample_every", "checkpointing", "cache"}  # may change when a run goes on
+FREE = {"steps", "save_every", "sample_every", "checkpointing", "keep_attention", "cache"}  # may change when a run goes on
 
 
 def draw_curve(losses: list[float]) -> np.ndarray:
@@ -164,14 +164,16 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 
 def load_clips(args: argparse.Namespace, sources: list[Source], size: tuple[int, int], recipe: Recipe) -> list[Clip]:
     pi3x = find_geometry(args.geometry, args.weights)
-    if not args.depth and pi3x is None:
+    given = list(zip(args.poses, args.depth))
+    given = given or [None if args.geometry else files_beside(source.video) for source in sources]
+    if None in given and pi3x is None:
         raise ValueError("no geometry: give the Pi3X weights (--geometry FILE; weights/README.md says where they are),"
                          " or the clip's own --poses and --depth")
     frames = [read_frames(source.video, size) for source in sources]
     args.out.mkdir(parents=True, exist_ok=True)
     network = cache(partial(load_pi3x, pi3x, args.device, network_dtype(args.device)))
     clips = []
-    for source, each, known in zip(sources, frames, zip(args.poses, args.depth) if args.depth else repeat(None)):
+    for source, each, known in zip(sources, frames, given):
         if known is not None:
             path = known_geometry(source.video, *known, each, args.out)
             forward, reverse = Geometries(path, args.device), Geometries(path, args.device, backwards=True)
@@ -208,8 +210,9 @@ def report(trainer: Trainer, steps: int, device: str) -> None:
 
 def check(args: argparse.Namespace) -> tuple[Recipe, tuple[int, int], list[Source]]:
     """What can be said of the words alone."""
-    recipe, sources = parse_recipe(args.set), read_sources(args.video, args.prompt)
     check_place(args.device, args.weights)
+    recipe = parse_recipe([*read_json(args.weights / "model_index.json").get("train", []), *args.set])
+    sources = read_sources(args.video, args.prompt)
     if args.memory == "stream" and not recipe.checkpointing:
         raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks once more")
     schedule = load_schedule(args.weights)

@@ -41,6 +41,7 @@ class Recipe(Choices):
     weight_decay: float = 0.01
     clip: float = 1.0  # largest norm of the gradient
     checkpointing: bool = True
+    keep_attention: bool = True  # or compute it twice: a sixth more work and, at 384x640, 3.6 GiB less memory
     stages: tuple[int, ...] = (0,)  # whose mean loss is trained; in sampling the first alone has the LoRA
     levels: str = "table"  # or shifted (dynamic shifting) or interval (between a sampler's first two points)
     interval_steps: int = 2  # of that sampler
@@ -73,6 +74,7 @@ class Recipe(Choices):
             ("density", self.density in ("uniform", "logit_normal", "first"), "uniform, logit_normal or first"),
             ("position", self.position in ("target", "reversed", "before"), "target, reversed or before"),
             ("future_count", 1 <= low <= high <= WINDOW, f"two numbers from 1 to {WINDOW}, in order"),
+            ("forms", 1 <= self.forms <= 12, "from 1 to 12"),
             ("history", min(self.history) >= 0, "no negative numbers"),
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
             ("geometry_pixels sample_every", min(self.geometry_pixels, self.sample_every) >= 0, "at least 0"),
@@ -203,7 +205,7 @@ class Trainer:
         self.clock = Clock(transformer.proj_out.weight.device)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.lora = new_lora(transformer, recipe, self.generator)
-        transformer.checkpointing = recipe.checkpointing
+        transformer.checkpointing, transformer.keep_attention = recipe.checkpointing, recipe.keep_attention
         transformer.set_lora(self.lora)
         self.tensors = {f"{name}.lora_{half}.weight": matrix for name, (down, up, _) in self.lora.adapters.items()
                         for half, matrix in (("A", down), ("B", up))}

@@ -38,7 +38,7 @@ INPUT = render.geometry_size(*SIZE, CONFIG.pixels)  # what the network sees of a
 DRAWN = SIZE, SIZE, (SIZE[0] * 5 // 8, SIZE[1] * 5 // 8), INPUT  # generated pictures are blurred, others sharper
 PICTURES = 9  # in a step, at most
 HAZE = 40.0  # meters: what is as far cannot be told from the sky
-WEIGHTS = {"depth": 1.0, "edges": 1.0, "rays": 3.0, "unit": 0.3, "confidence": 0.2, "turn": 2.0, "place": 1.0}
+WEIGHTS = {"depth": 1.0, "edges": 1.0, "rays": 3.0, "unit": 0.3, "confidence": 0.2, "turn": 20.0, "place": 10.0}
 
 
 class Views(NamedTuple):
@@ -81,6 +81,19 @@ def batch(first: int, count: int) -> Views:
     return Views(*map(torch.cat, zip(*sets)))
 
 
+def seen_from_each(c2w: Tensor) -> tuple[Tensor, Tensor]:
+    """Cameras [B,N,4,4] as seen from each other: turns [B,N,N,3,3] and places [B,N,N,3]."""
+    turn, place = c2w[..., :3, :3], c2w[..., :3, 3]
+    return (turn.mT[:, :, None] @ turn[:, None],
+            torch.einsum("bikx,bijk->bijx", turn, place[:, None] - place[:, :, None]))
+
+
+def unit_rows(nine: Tensor) -> Tensor:
+    """Stands for `pi3x.nearest_rotation` in training: the gradient of an SVD breaks down at a rotation, where the
+    singular values are equal. The rows get orthogonal too, for a camera as seen from itself shall be the identity."""
+    return F.normalize(nine.unflatten(-1, (3, 3)), dim=-1)
+
+
 def losses(prediction: Prediction, views: Views) -> dict[str, Tensor]:
     """Means, to be weighted; of relative poses only if there are any."""
     known, local = views.depth.isfinite(), prediction.local_points
@@ -97,10 +110,9 @@ def losses(prediction: Prediction, views: Views) -> dict[str, Tensor]:
     right = known & (error.detach().abs() < 0.1)
     parts["confidence"] = F.binary_cross_entropy_with_logits(prediction.confidence, right.float())
     if views.images.shape[1] > 1:
-        found, true = (torch.linalg.inv(c2w)[:, :, None] @ c2w[:, None] for c2w in (prediction.c2w, views.c2w))
-        parts["turn"] = (found - true)[..., :3, :3].abs().mean()  # of each camera as seen from each, [B, N, N, 3, 3]
-        found, true = (rearrange(pose[..., :3, 3], "b i j c -> i j c b") for pose in (found, true))
-        parts["place"] = (found / prediction.metric - true / unit).abs().mean()
+        (found_turn, found_place), (turn, place) = seen_from_each(prediction.c2w), seen_from_each(views.c2w)
+        parts["turn"] = (found_turn - turn).abs().mean()
+        parts["place"] = (found_place / prediction.metric[:, None, None, None] - place / unit[:, None, None, None]).abs().mean()
     return parts
 
 
@@ -109,6 +121,7 @@ def train(folder: Path, recipe: Recipe) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
     network = Pi3X(CONFIG)
+    network.rotation = unit_rows
     held_out = [batch(HELD_OUT + PICTURES * index, count) for index, count in enumerate((1, 1, 1, 2, 3))]
 
     def accumulate(network: Pi3X, step: int, rank: int) -> float:

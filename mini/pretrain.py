@@ -51,6 +51,7 @@ VAE_CONFIG = VAEConfig(base_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, lat
 STEM = "diffusion_pytorch_model"
 VAE_FRAMES = 29  # of a training clip: with few, what later frames remember of earlier ones is never learned
 TEXT_ROWS = 64  # of the prompt embeddings; the official pipelines pad to 512
+LORA = ["steps=250", "lr=1.5e-3", "decay=linear", "draws=4", "forms=12", "first=1", "atlas=false", "threshold=0.1"]
 HELD_OUT = 10**6  # seeds from here on are never trained on
 
 
@@ -359,8 +360,8 @@ def export(folder: Path, target: Path) -> None:
     scheduler = {"_class_name": "HeliosScheduler", "scheduler_type": SCHEDULE.sampler, "stages": SCHEDULE.stages,
                  "stage_range": SCHEDULE.stage_range}
     (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
-    index = {"_class_name": "HeliosPipeline", "is_distilled": False, "num_inference_steps": 8, "guidance_scale": 1.0,
-             "max_sequence_length": TEXT_ROWS, "height": SIZE[0], "width": SIZE[1]}
+    index = {"_class_name": "HeliosPipeline", "is_distilled": False, "num_inference_steps": 4, "guidance_scale": 1.0,
+             "max_sequence_length": TEXT_ROWS, "height": SIZE[0], "width": SIZE[1], "train": LORA}
     index |= {"scheduler": ["diffusers", "HeliosScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
               "tokenizer": ["transformers", "T5Tokenizer"], "vae": ["diffusers", "AutoencoderKLWan"],
               "transformer": ["diffusers", "HeliosTransformer3DModel"]}

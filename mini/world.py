@@ -12,8 +12,9 @@ import argparse
 import colorsys
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -86,8 +87,8 @@ class Scene:
     words: str
     room: bool
     extent: tuple[float, float, float]  # half width, height, half depth: of a square, where the camera may be
-    surfaces: tuple[Texture, ...]  # of a room: left, right, ceiling, floor, back, front; of a square: ground, discs
-    discs: tuple[float, ...]  # radii of round areas on a square's ground, each painted over those before it
+    surfaces: tuple[Texture, ...]  # of a room: left, right, ceiling, floor, back, front; of a square: ground; discs
+    discs: tuple[float, ...]  # radii of round areas on the ground, each painted over those before it
     solids: tuple[Solid, ...]
     sun: tuple[float, float, float]  # unit vector to the light
     sky: tuple[tuple[float, float, float], tuple[float, float, float]]  # colours at the horizon and above
@@ -335,6 +336,7 @@ def walls(scene: Scene, view: View, rays: list[Tensor]) -> tuple[Tensor, Tensor,
     t = torch.minimum(torch.minimum(tx, ty), tz)
     x, y, z = (ray > 0 for ray in rays)
     row = torch.where(tx == t, x.long(), torch.where(ty == t, y.long() + 2, z.long() + 4))
+    row = discs(scene, view, rays, t, row, floor=3, first=6)
     light = torch.ones_like(t)
     for ray, (low, high) in zip(rays, bounds):
         gap = (ray * t).sub_((low + high) / 2).abs_().sub_((high - low) / 2)  # - distance to the nearer wall
@@ -342,14 +344,19 @@ def walls(scene: Scene, view: View, rays: list[Tensor]) -> tuple[Tensor, Tensor,
     return t, row, light
 
 
+def discs(scene: Scene, view: View, rays: list[Tensor], t: Tensor, row: Tensor, floor: int, first: int) -> Tensor:
+    """`row` with the scene's discs, whose surfaces begin at `first`, on the `floor`."""
+    if scene.discs:
+        away = sum((rays[axis] * t).add_(view.eye()[axis]).square_() for axis in (0, 2))
+        for index, radius in enumerate(scene.discs, first):
+            row = torch.where(((row == floor) | (row >= first)) & (away < radius**2), index, row)
+    return row
+
+
 def ground(scene: Scene, view: View, rays: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Depth of a square's ground (inf: the sky), which surface, and its light."""
-    ex, ey, ez = view.eye()
-    t = torch.where(rays[1] > 1e-6, -ey / rays[1], torch.inf)
-    row = torch.zeros_like(t, dtype=torch.long)
-    away = (rays[0] * t).add_(ex).square_().add_((rays[2] * t).add_(ez).square_())
-    for index, radius in enumerate(scene.discs, 1):
-        row = torch.where(away < radius**2, index, row)
+    t = torch.where(rays[1] > 1e-6, -view.eye()[1] / rays[1], torch.inf)
+    row = discs(scene, view, rays, t, torch.zeros_like(t, dtype=torch.long), floor=0, first=1)
     return t, row, torch.ones_like(t)
 
 
@@ -425,7 +432,8 @@ def draw(scene: Scene, table: Tensor, view: View, places: list, boxes: list, spo
 def surface_table(scene: Scene) -> Tensor:
     """The values of the surfaces' textures [16, n], colours times the light on a room's walls."""
     x, y, z = scene.sun
-    shades = [0.96 + 0.12 * s for s in ((x, -x, -y, -y, z, -z) if scene.room else (0.5,) * len(scene.surfaces))]
+    sides = (x, -x, -y, -y, z, -z, *[-y] * len(scene.discs)) if scene.room else (0.5,) * len(scene.surfaces)
+    shades = [0.96 + 0.12 * s for s in sides]
     rows = [(*s.values[:10], *(shade * c for c in s.values[10:])) for s, shade in zip(scene.surfaces, shades)]
     return torch.tensor(rows).T.contiguous()
 
@@ -547,8 +555,9 @@ def make_clip(seed: int, frames: int, size: tuple[int, int] = (64, 96)) -> Clip:
 
 
 def car_roundabout(frames: int = 99, size: tuple[int, int] = (192, 288)) -> Clip:
-    """The demo clip: a toy car drives round a roundabout, seen by a camera that circles it more slowly."""
-    rng, lane = Random(7), 6.0
+    """The demo clip: a toy car drives round a roundabout on the floor of a playroom, seen by a camera that circles it
+    more slowly. Large plain things and few edges: the warps that a LoRA learns from it are close to the truth."""
+    rng, lane = Random(7), 1.75
 
     def paint(name: str, tone: str = "", pattern: str = "", period: float = 0.8) -> Texture:
         return make_texture(rng, name, tone, pattern, period)
@@ -556,42 +565,33 @@ def car_roundabout(frames: int = 99, size: tuple[int, int] = (192, 288)) -> Clip
     def at(angle: float, away: float) -> tuple[float, float]:
         return away * math.sin(angle), away * math.cos(angle)
 
-    asphalt = paint("gray", "dark")
-    surfaces = paint("lime", "pale", "marbled", 3.0), asphalt, paint("white"), paint("green", "", "checked", 2.0)
-    solids = make_tree(rng, -0.9, 0.4, 1.3) + make_tree(rng, 1.6, 1.0, 0.9)
-    solids.append(Solid("ball", (0.9, -0.7, -1.4), (0.7,) * 3, 0.4, paint("orange", "", "striped")))
-    for index in range(16):  # lane marks, roads, houses, trees around
-        angle = index * math.pi / 8
-        x, z = at(angle, 7.6)
-        solids.append(Solid("box", (x, -0.01, z), (0.6, 0.02, 0.11), angle, paint("white")))
-        if index % 4 == 1:
-            x, z = at(angle, 19.0)
-            solids.append(Solid("box", (x, 0.0, z), (2.2, 0.02, 10.0), angle, asphalt))
-        elif index % 2 == 0:
-            x, z = at(angle, rng.uniform(17, 19))
-            half = rng.uniform(1.9, 2.8), rng.uniform(1.6, 3.6), 1.8
-            name, pattern = rng.choice(("red", "orange", "yellow", "blue", "white", "teal")), rng.choice(PATTERNS)
-            solids.append(Solid("box", (x, -half[1], z), half, angle, paint(name, "pale", pattern, 2.4)))
-        else:
-            solids += make_tree(rng, *at(angle, 14.5), rng.uniform(0.9, 1.3))
-    red, glass, rubber, lamp = paint("red"), paint("blue", "pale"), asphalt, paint("yellow", "pale")
-    parts = [("box", (0, 0.62, 0), (1.35, 0.3, 0.62), red), ("box", (0.2, 1.15, 0), (0.7, 0.25, 0.54), glass)]
-    parts += [("box", (0.2, 1.44, 0), (0.76, 0.06, 0.6), red)]
-    parts += [("ball", (x, 0.34, z), (0.34,) * 3, rubber) for x in (-0.85, 0.85) for z in (-0.6, 0.6)]
-    parts += [("ball", (-1.33, 0.68, z), (0.13,) * 3, lamp) for z in (-0.4, 0.4)]
+    side, ends = paint("yellow", "pale", "striped", 1.8), paint("teal", "pale", "marbled", 1.8)
+    surfaces = side, side, paint("white", "pale", "", 3.0), paint("brown", "pale", "checked", 1.6), ends, ends
+    surfaces += paint("gray", "dark"), paint("lime", "", "marbled", 1.6)
+    solids = make_tree(rng, -0.2, 0.2, 0.42)
+    for index, (name, half) in enumerate((("blue", (0.6, 0.55, 0.5)), ("orange", (0.5, 0.8, 0.5)),
+                                          ("purple", (0.7, 0.45, 0.45)), ("pink", (0.45, 0.65, 0.6)))):
+        x, z = 3.7 * (-1) ** (index // 2), 4.0 * (-1) ** ((index + 1) // 2)  # houses in the corners
+        solids.append(Solid("box", (x, -half[1], z), half, 0.4 * index, paint(name, "", PATTERNS[index], 0.8), "house"))
+    for x, z in ((4.5, 0.0), (-4.5, 0.6)):
+        solids.append(Solid("box", (x, -1.9, z), (0.06, 0.7, 0.9), 0.0, paint("blue", "pale")))
+    for x, z in ((0.4, 4.8), (-0.5, -4.8)):
+        solids.append(Solid("box", (x, -1.7, z), (0.9, 0.7, 0.06), 0.0, paint("white", "", "striped", 0.7)))
+    red, glass, rubber = paint("red"), paint("blue", "pale"), paint("gray", "dark")
+    parts = [("box", (0, 0.30, 0), (0.62, 0.16, 0.32), red), ("box", (0.1, 0.58, 0), (0.34, 0.13, 0.27), glass)]
+    parts += [("ball", (x, 0.17, z), (0.17,) * 3, rubber) for x in (-0.38, 0.38) for z in (-0.3, 0.3)]
     start, drive = math.radians(215), Motion("circle", -105.0)
     for shape, (along, up, aside), half, texture in parts:
         x, z = at(start, lane + aside)
         center = x + along * math.cos(start), -up, z - along * math.sin(start)
         solids.append(Solid(shape, center, half, start, texture, "red car" if shape == "box" else "", drive))
-    sky = (0.86, 0.92, 0.97), (0.42, 0.65, 0.92)
-    scene = Scene("", False, (20.0, 9.0, 20.0), surfaces, (9.2, 4.5, 4.2), tuple(solids), (0.5, -0.75, -0.43), sky)
+    scene = Scene("", True, (4.5, 3.4, 4.8), surfaces, (2.4, 1.1), tuple(solids), (0.5, -0.75, -0.43), ((0.0,) * 3,) * 2)
     progress = torch.linspace(0, 1, frames, dtype=torch.float64)
-    angle, away = math.pi + 0.5 - 0.9 * progress, 12.2 - 1.6 * (math.pi * progress).sin()
-    position = torch.stack([away * angle.sin(), -4.2 + 1.2 * progress, away * angle.cos()], dim=-1)
+    angle, away = math.pi + 0.75 - 1.5 * progress, 4.0 - 0.5 * (math.pi * progress).sin()
+    position = torch.stack([away * angle.sin(), -1.9 + 0.5 * progress, away * angle.cos()], dim=-1)
     pitch = torch.atan2(position[:, 1] + 0.5, away)
-    c2w, K = poses(position, angle + math.pi, pitch, torch.zeros_like(angle)), pinhole(60, *size)
-    words = "a red toy car drives round a roundabout with trees between houses"
+    c2w, K = poses(position, angle + math.pi, pitch, torch.zeros_like(angle)), pinhole(65, *size)
+    words = "a red toy car drives round a roundabout between toy houses in a room with a checked floor"
     return Clip(*render(scene, c2w, K, size), c2w, K, words)
 
 
@@ -611,23 +611,27 @@ def write_path(path: Path, fov_x: float, c2w: Tensor) -> None:
     path.write_text(f'{{"fps": 16, "fov_x": {fov_x}, "c2w": [\n{matrices}]}}\n')
 
 
+def write_clip(folder: Path, name: str, make: Callable[[int, tuple[int, int]], Clip]) -> str:
+    """A video, and its poses and depths (0: sky) as train.py finds them beside it; returns what it shows."""
+    clip, depth = make(99, (192, 288)), make(99, (96, 144)).depth  # a quarter of the pixels: less to download
+    depth = (depth.where(depth.isfinite(), 0) * 64).round() / 64  # compresses well, and thumbnails need no more
+    media.write_video(folder / f"{name}.mp4", clip.frames.numpy(), 16)
+    np.savez_compressed(folder / f"{name}_depth.npz", depth.half().numpy())
+    write_path(folder / f"{name}.json", math.degrees(2 * math.atan(clip.frames.shape[2] / 2 / clip.K[0, 0])), clip.c2w)
+    return clip.caption
+
+
 def write_known(folder: Path) -> None:
-    """The demo clip and four others, each with its depths (0: sky) and poses, and a csv of all."""
+    """The demo clip and four others, and a csv of all."""
     folder.mkdir(parents=True, exist_ok=True)
-    clips, lines = {"car-roundabout": car_roundabout()}, ["video,prompt"]
-    clips |= {f"clip-{seed}": make_clip(seed, 99, (192, 288)) for seed in KNOWN}
-    for name, clip in clips.items():
-        media.write_video(folder / f"{name}.mp4", clip.frames.numpy(), 16)
-        np.savez_compressed(folder / f"{name}_depth.npz", clip.depth.where(clip.depth.isfinite(), 0).numpy())
-        fov_x = math.degrees(2 * math.atan(clip.frames.shape[2] / 2 / clip.K[0, 0]))
-        write_path(folder / f"{name}.json", fov_x, clip.c2w)
-        lines.append(f'{name}.mp4,"{clip.caption}"')
-    (folder / "clips.csv").write_text("\n".join(lines) + "\n")
+    makers = {"car-roundabout": car_roundabout} | {f"clip-{seed}": partial(make_clip, seed) for seed in KNOWN}
+    lines = [f'{name}.mp4,"{write_clip(folder, name, make)}"' for name, make in makers.items()]
+    (folder / "clips.csv").write_text("\n".join(["video,prompt", *lines]) + "\n")
 
 
 def write_demos(folder: Path) -> None:
     """The demo clip; and first frames with their depth (16 bit, millimeters, 0: sky or very far) and a path each."""
-    media.write_video(folder / "car-roundabout.mp4", car_roundabout().frames.numpy(), 16)
+    write_clip(folder, "car-roundabout", car_roundabout)
     for name, (seed, move) in STILLS.items():
         rng = Random(seed)
         scene = make_scene(rng)

@@ -144,7 +144,7 @@ def exported(folder):
 
 def test_an_export_is_a_whole_model(exported, tmp_path, monkeypatch):
     assert load_models(exported, "cpu").transformer.proj_out.bias.eq(0.5).all()
-    assert native_size(exported) == SIZE and load_options(exported) == Options(steps=(8,), guidance=1.0)
+    assert native_size(exported) == SIZE and load_options(exported) == Options(steps=(4,), guidance=1.0)
     total = sum(path.stat().st_size for path in exported.rglob("*") if path.is_file())
     assert total < 25e6
     monkeypatch.chdir(tmp_path)

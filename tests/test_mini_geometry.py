@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from camera import inverse, move_path
 from mini import geometry, world
-from mini.geometry import INPUT, SIZE, WEIGHTS, Views, draw_views, evaluate, export, losses, train
+from mini.geometry import (INPUT, SIZE, WEIGHTS, Views, draw_views, evaluate, export, losses, seen_from_each, train,
+                           unit_rows)
 from mini.pretrain import HELD_OUT, Recipe
-from pi3x import Branch, Pi3X, Pi3XConfig, Prediction, focal_from_rays, load_pi3x
+from mini.world import poses
+from pi3x import Branch, Pi3X, Pi3XConfig, Prediction, focal_from_rays, load_pi3x, nearest_rotation
 from render import estimate, pinhole
 
 TINY = Pi3XConfig(dim=64, grid=9, registers=1, specials=1, encoder_blocks=1, encoder_hidden=32, decoder_blocks=2,
@@ -165,3 +167,21 @@ def test_the_shape_that_is_trained_can_be_loaded():
         network = Pi3X(geometry.CONFIG)
     shapes = {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
     assert Pi3XConfig.from_shapes(shapes) == geometry.CONFIG
+
+
+def test_rotations_in_training():
+    """What stands for the nearest rotation is the same at one, and has a gradient there, which an SVD hasn't."""
+    turns = poses(torch.randn(5, 3), *torch.randn(3, 5))[:, :3, :3]
+    nine = turns.flatten(1).requires_grad_()
+    assert torch.allclose(unit_rows(nine), nearest_rotation(nine), atol=1e-5)
+    unit_rows(nine).square().mul(torch.rand(5, 3, 3)).sum().backward()
+    assert nine.grad.isfinite().all() and nine.grad.abs().max() < 10
+    c2w = poses(torch.randn(2, 3), *torch.randn(3, 2))[None]
+    moved = poses(torch.randn(1, 3), *torch.randn(3, 1)) @ c2w
+    for one, other in zip(seen_from_each(c2w), seen_from_each(moved)):
+        assert torch.allclose(one, other, atol=1e-5)
+    turn, place = seen_from_each(c2w)
+    expected = torch.linalg.inv(c2w[0, 0]) @ c2w[0, 1]
+    assert torch.allclose(turn[0, 0, 1], expected[:3, :3], atol=1e-5)
+    assert torch.allclose(place[0, 0, 1], expected[:3, 3], atol=1e-5)
+    assert torch.allclose(turn[0, 0, 0], torch.eye(3), atol=1e-5) and place[0, 0, 0].abs().max() < 1e-6

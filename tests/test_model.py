@@ -170,7 +170,7 @@ def matrices(lora: Lora) -> list[torch.Tensor]:
 def checkpointing(helios):
     helios.checkpointing = True
     yield helios
-    helios.checkpointing = False
+    helios.checkpointing = helios.keep_attention = False
     helios.set_lora(None)
 
 
@@ -178,10 +178,10 @@ def checkpointing(helios):
 def test_checkpointing(checkpointing, case):
     """Gradients are bit-equal with and without it, each is there, and the frozen weights get none."""
     model, lora, gradients = variant(checkpointing, case), load_lora(HELIOS / "lora_noprefix.safetensors"), []
-    for model.checkpointing in (True, False):
+    for model.checkpointing, model.keep_attention in ((True, False), (True, True), (False, False)):
         loss_of(model, case, lora).backward()
         gradients.append([matrix.grad.clone() for matrix in matrices(lora)])
-    assert all(torch.equal(one, other) and one.any() for one, other in zip(*gradients))
+    assert all(torch.equal(a, b) and torch.equal(b, c) and a.any() for a, b, c in zip(*gradients))
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.parameters())
 
 
@@ -220,13 +220,13 @@ def test_checkpointing_keeps_little(checkpointing):
 
 
 @pytest.mark.parametrize("case", ["all_bands", "no_history", "no_guidance_cross_attn"])
-@pytest.mark.parametrize("again", [True, False])
-def test_counted_training_flops(checkpointing, case, again):
+@pytest.mark.parametrize("again, keep", [(True, False), (True, True), (False, False)])
+def test_counted_training_flops(checkpointing, case, again, keep):
     """As torch counts them in forward and backward, but for the adapters' own products and what is outside the blocks."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     model, lora = variant(checkpointing, case), load_lora(HELIOS / "lora_noprefix.safetensors")
-    model.checkpointing = again
+    model.checkpointing, model.keep_attention = again, keep
     latents, timestep, embeddings, history = arguments(case)
     context, text = model.context(history, latents.shape[2:]), model.text(embeddings)
     loss_of(model, case, lora)

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +26,8 @@ import render
 import train
 from camera import normalize
 from checkpoint import load, load_lora
-from clips import (Case, Choices, Clip, Condition, Conditions, Geometries, draw_case, find_video, item_order,
-                   known_geometry, read_frames, render_case)
+from clips import (Case, Choices, Clip, Condition, Conditions, Geometries, change_form, draw_case, find_video,
+                   item_order, known_geometry, read_frames, render_case)
 from flow import load_schedule
 from goldens import DISTILLED, GEOMETRY, HELIOS, cases, check, tensors
 from model import Helios
@@ -175,14 +177,15 @@ def test_loss_of_the_frozen_model(transformer, history, condition, name, options
             check("training prediction", prediction, GOLDEN["pred.stage0_seed300"], 1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("checkpointing, keep_attention", [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("train.")])
-def test_updates(transformer, history, condition, name, checkpointing):
+def test_updates(transformer, history, condition, name, checkpointing, keep_attention):
     """Losses, gradients and parameters of one or three steps from the official start (or PEFT's, from its seed)."""
     random_start = "random" in name
     start = tensors(HELIOS / "lora_noprefix.safetensors") if random_start else {}
     stages = (0, 1, 2) if "all_stages" in name else (0,)
-    trainer = trainer_of(transformer, start, stages=stages, checkpointing=checkpointing, clip=1.0)
+    trainer = trainer_of(transformer, start, stages=stages, checkpointing=checkpointing,
+                         keep_attention=keep_attention, clip=1.0)
     before = {key: value.detach().clone() for key, value in trainer.tensors.items()}
     records, text = CASES[name]["records"], golden_text(transformer)
     for record in records:
@@ -310,6 +313,44 @@ def test_warps_agree_with_the_video(wall, case):
     assert warp.visible.expand_as(near)[near].mean() > 0.95
     for x in (warp.frames / 2 + 0.5, warp.visible):
         assert (x * 255 - (x * 255).round()).abs().max() < 1e-3  # 8 bits
+
+
+def test_forms(wall):
+    """Mirrored or with other colours, target and warp alike; what else is drawn stays the same."""
+    video = torch.rand(1, 3, 2, 4, 6)
+    forms = [change_form(video, form) for form in range(12)]
+    assert torch.equal(forms[0], video) and torch.equal(forms[1], video.flip(-1))
+    assert all(not torch.equal(a, b) for a, b in combinations(forms, 2))
+    colours = [sorted(form[0, :, 0, 0, [0, 5]].flatten().tolist()) for form in forms]
+    assert all(each == colours[0] for each in colours)
+    drawn = [draw_case(Choices(forms=12), 40, "row", step) for step in range(1, 100)]
+    assert {case.form for case in drawn} == set(range(12))
+    assert [replace(case, form=0) for case in drawn] == [draw_case(Choices(), 40, "row", step) for step in range(1, 100)]
+
+    frames = read_frames(Path("wall.npy"), (64, 64))
+    path = known_geometry(Path("wall.npy"), Path("poses.json"), Path("depth.npz"), frames, wall)
+    clip, case = Clip("", frames, Geometries(path, "cpu"), Geometries(path, "cpu", True)), Case(False, 2, (2,), form=7)
+    plain, changed = render_case(clip, replace(case, form=0)), render_case(clip, case)
+    assert torch.equal(changed.frames, plain.frames.flip(-1)[:, [1, 2, 0]])
+    assert torch.equal(changed.visible, plain.visible.flip(-1))
+    conditions = Conditions(load(VAE, DISTILLED / "vae"), [clip], (64, 64), Choices(), 8, "cpu")
+    found, expected = conditions(0, case).target, conditions.encode(change_form(clip.pixels(*case.targets), 7), None)
+    assert torch.equal(found, expected)
+    found, expected = conditions(0, case).image, conditions.encode_image(change_form(clip.pixels(2), 7))[0]
+    assert torch.equal(found, expected)
+
+
+def test_geometry_beside_the_video(wall, capsys):
+    """NAME.json and NAME_depth.npz serve as --poses and --depth do, unless --geometry asks for an estimate."""
+    words = ["--video", "wall.npy", "--weights", DISTILLED, "--size", "64x64", "--device", "cpu", "--set", "steps=2"]
+    words = [str(word) for word in words]
+    shutil.copy("poses.json", "wall.json")
+    assert main([*words, "--out", "run"]) == 2 and "no geometry" in capsys.readouterr().err
+    shutil.copy("depth.npz", "wall_depth.npz")
+    assert main([*words, "--out", "run"]) == 0
+    assert main([*words, "--poses", "poses.json", "--depth", "depth.npz", "--out", "told"]) == 0
+    assert Path("run/metrics.jsonl").read_bytes() == Path("told/metrics.jsonl").read_bytes()
+    assert main([*words, "--geometry", "nothing", "--out", "third"]) == 2 and "nothing" in capsys.readouterr().err
 
 
 def test_first_chunks_without_the_atlas(wall):
@@ -561,14 +602,16 @@ def test_one_stage(place):
     """A model without a pyramid is trained on the full grid; --size is by default the model's own."""
     weights = place / "weights"
     shutil.copytree(DISTILLED, weights)
-    for file, entries in (("model_index.json", {"height": 64, "width": 64, "max_sequence_length": 16}),
+    own = {"height": 64, "width": 64, "max_sequence_length": 16, "train": ["rank=3", "steps=7"]}
+    for file, entries in (("model_index.json", own),
                           ("scheduler/scheduler_config.json", {"stages": 1, "stage_range": [0, 1]})):
         (weights / file).write_text(json.dumps(json.loads((weights / file).read_text()) | entries))
     files = ["--geometry", GEOMETRY / "pi3x_weights.safetensors", "--weights", weights, "--out", "run"]
     words = ["--video", "clip.npy", "--device", "cpu", "--set", "steps=1", "geometry_pixels=2000", "sample_every=1"]
     assert main([str(word) for word in files + words]) == 0
     assert Path("run/sample_000001.png").is_file()
-    assert len(metrics("run")) == 1
+    assert len(metrics("run")) == 1  # --set comes after the model's own recipe
+    assert {min(tensor.shape) for tensor in read("run/lora.safetensors")[0].values()} == {3}
 
 
 def test_several_videos(place, capsys):
