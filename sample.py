@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import media
 from camera import WINDOW, CameraPath, describe, load_path, move_path, path_error, retime
-from checkpoint import Lora, count_numbers, free_memory, load_lora, network_dtype, weight_files
+from checkpoint import Lora, count_numbers, free_memory, load_lora, network_dtype, read_json, weight_files
 from flow import load_schedule
 from memory import Memory
 from output import Output, fingerprint
@@ -66,7 +66,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--mask", type=Path, help="visibility of --warp, mp4 or npy ([T,H,W]); default: all visible")
     parser.add_argument("--geometry", type=Path, help="Pi3X weights (default: Pi3X/model.safetensors in the weights'"
                                                       " folder or beside it; without any: a plane at depth 1)")
-    parser.add_argument("--keyframes", type=int, default=8, help="pictures that Pi3X sees at once: first and latest (8)")
+    parser.add_argument("--keyframes", type=int, help="pictures that Pi3X sees at once: first and latest (default: 8, or the"
+                                                      " weights' own)")
     parser.add_argument("--depth", type=Path, help="depth map of the picture instead: npy, npz or 16-bit png")
     parser.add_argument("--fov", type=float, help="the picture's horizontal degrees (default: the path file's, or 55)")
     parser.add_argument("--prompt", default="", help="what the video shows")
@@ -202,7 +203,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--frames {args.frames}: expected at least 1")
     if args.fps is not None and not 1 <= args.fps <= 240:
         raise ValueError(f"--fps {args.fps:g}: expected a number from 1 to 240")
-    if args.keyframes < 1:
+    if args.keyframes is not None and args.keyframes < 1:
         raise ValueError(f"--keyframes {args.keyframes}: expected at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
@@ -245,7 +246,8 @@ def prepare(args: argparse.Namespace) -> Job:
             raise ValueError("--check needs Pi3X: --geometry PATH")
         if args.depth is None and pi3x is not None:
             image, source = media.fit_image(picture, size).to(args.device), f"Pi3X of {pi3x_file}"
-            camera = Memory(pi3x, image, size, keyframes=args.keyframes, unit=unit)
+            keyframes = args.keyframes or read_json(args.weights / "model_index.json").get("keyframes", 8)
+            camera = Memory(pi3x, image, size, keyframes=keyframes, unit=unit)
         else:
             fov, depth = choose_fov(args.fov, path), None if args.depth is None else media.load_depth(args.depth)
             image, geometry = place(picture, depth, fov, size, args.device)

@@ -81,7 +81,7 @@ class Prompts:
 
 def load_options(weights: Path) -> Options:
     """The official settings of the kind of checkpoint that model_index.json describes; a small model's may also say
-    `num_inference_steps` (a stage), `guidance_scale`, `max_sequence_length` (of the prompt), `height` and `width`."""
+    `num_inference_steps` (a stage) and `guidance_scale` (and more, see weights/README.md)."""
     index, stages = read_json(weights / "model_index.json"), load_schedule(weights).stages
     distilled = index.get("is_distilled", False)
     steps = index.get("num_inference_steps", 2 if distilled else 20 if stages > 1 else 50)

@@ -361,7 +361,7 @@ def export(folder: Path, target: Path) -> None:
                  "stage_range": SCHEDULE.stage_range}
     (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
     index = {"_class_name": "HeliosPipeline", "is_distilled": False, "num_inference_steps": 4, "guidance_scale": 1.0,
-             "max_sequence_length": TEXT_ROWS, "height": SIZE[0], "width": SIZE[1], "train": LORA}
+             "max_sequence_length": TEXT_ROWS, "height": SIZE[0], "width": SIZE[1], "keyframes": 1, "train": LORA}
     index |= {"scheduler": ["diffusers", "HeliosScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
               "tokenizer": ["transformers", "T5Tokenizer"], "vae": ["diffusers", "AutoencoderKLWan"],
               "transformer": ["diffusers", "HeliosTransformer3DModel"]}

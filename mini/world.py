@@ -556,8 +556,9 @@ def make_clip(seed: int, frames: int, size: tuple[int, int] = (64, 96)) -> Clip:
 
 def car_roundabout(frames: int = 99, size: tuple[int, int] = (192, 288)) -> Clip:
     """The demo clip: a toy car drives round a roundabout on the floor of a playroom, seen by a camera that circles it
-    more slowly. Large plain things and few edges: the warps that a LoRA learns from it are close to the truth."""
-    rng, lane = Random(7), 1.75
+    more slowly. Large plain things and a small slow car, for it is wrong in every warp: what a LoRA is to learn from
+    the clip is that warps are right."""
+    rng, lane = Random(7), 1.5
 
     def paint(name: str, tone: str = "", pattern: str = "", period: float = 0.8) -> Texture:
         return make_texture(rng, name, tone, pattern, period)
@@ -578,14 +579,14 @@ def car_roundabout(frames: int = 99, size: tuple[int, int] = (192, 288)) -> Clip
     for x, z in ((0.4, 4.8), (-0.5, -4.8)):
         solids.append(Solid("box", (x, -1.7, z), (0.9, 0.7, 0.06), 0.0, paint("white", "", "striped", 0.7)))
     red, glass, rubber = paint("red"), paint("blue", "pale"), paint("gray", "dark")
-    parts = [("box", (0, 0.30, 0), (0.62, 0.16, 0.32), red), ("box", (0.1, 0.58, 0), (0.34, 0.13, 0.27), glass)]
-    parts += [("ball", (x, 0.17, z), (0.17,) * 3, rubber) for x in (-0.38, 0.38) for z in (-0.3, 0.3)]
-    start, drive = math.radians(215), Motion("circle", -105.0)
+    parts = [("box", (0, 0.18, 0), (0.38, 0.10, 0.2), red), ("box", (0.06, 0.36, 0), (0.21, 0.08, 0.17), glass)]
+    parts += [("ball", (x, 0.1, z), (0.1,) * 3, rubber) for x in (-0.23, 0.23) for z in (-0.18, 0.18)]
+    start, drive = math.radians(80), Motion("circle", -260.0)
     for shape, (along, up, aside), half, texture in parts:
         x, z = at(start, lane + aside)
         center = x + along * math.cos(start), -up, z - along * math.sin(start)
         solids.append(Solid(shape, center, half, start, texture, "red car" if shape == "box" else "", drive))
-    scene = Scene("", True, (4.5, 3.4, 4.8), surfaces, (2.4, 1.1), tuple(solids), (0.5, -0.75, -0.43), ((0.0,) * 3,) * 2)
+    scene = Scene("", True, (4.5, 3.4, 4.8), surfaces, (2.0, 1.0), tuple(solids), (0.5, -0.75, -0.43), ((0.0,) * 3,) * 2)
     progress = torch.linspace(0, 1, frames, dtype=torch.float64)
     angle, away = math.pi + 0.75 - 1.5 * progress, 4.0 - 0.5 * (math.pi * progress).sin()
     position = torch.stack([away * angle.sin(), -1.9 + 0.5 * progress, away * angle.cos()], dim=-1)
