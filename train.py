@@ -28,7 +28,7 @@ from safetensors.torch import save
 from tqdm import tqdm
 
 import media
-from camera import WINDOW
+from camera import WINDOW, CameraPath, describe
 from checkpoint import network_dtype, open_safetensors, read_json
 from clips import (Clip, Conditions, Geometries, Source, draw_case, estimate_clip, files_beside, item_order,
                    known_geometry, read_frames, read_sources)
@@ -181,7 +181,8 @@ def load_clips(args: argparse.Namespace, sources: list[Source], size: tuple[int,
             estimated = partial(estimate_clip, pi3x, network, pixels=recipe.geometry_pixels, folder=args.out)
             forward, reverse = (Geometries(estimated(images), args.device) for images in (each, each.flip(0)))
         clips.append(Clip(add_trigger(source.prompt), each, forward, reverse))
-        print(f"{source.video}: {len(each)} frames, prompt {clips[-1].prompt!r}, geometry {forward.path.name}")
+        print(f"{source.video}: {len(each)} frames, prompt {clips[-1].prompt!r}, geometry {forward.path.name},"
+              f" camera: {describe(CameraPath(forward.c2w))}")
     return clips
 
 

@@ -149,12 +149,14 @@ def judge(network: Pi3X, clip: world.Clip) -> dict[str, float]:
     """Errors of what is estimated from a clip's first frame.
 
     Warps are compared with frames 16 and 32 where they and that of the exact depth are visible. Those of the estimate
-    go as many meters ("in meters"), or tenths of its median depth, the unit of sample.py; "plane": at the true median.
+    go as many meters ("in meters"), or tenths of its median depth, the unit of sample.py; "plane": at the true median;
+    "no network": what sample.py does without one, the same plane with a field of view of 55 degrees.
     """
     true = rearrange(clip.frames[::16], "t h w c -> 1 c t h w") / 127.5 - 1
     image, truth, poses = true[:, :, 0], clip.depth[0], inverse(clip.c2w[0]) @ clip.c2w[::16]
     exact, guess = geometry_from_depth(image, truth, clip.K), ensure_valid(estimate(network, [image])[0])
-    plane = geometry_from_depth(image, torch.full_like(truth, median_depth(exact)), clip.K)
+    flat = torch.full_like(truth, median_depth(exact))
+    plane, blind = (geometry_from_depth(image, flat, K) for K in (clip.K, render.pinhole(55, *truth.shape)))
     scaled = scale_translation(poses, median_depth(guess) / median_depth(exact))
     depth, confidence = (resize(x[None, None], truth.shape)[0, 0] for x in (guess.depth, guess.confidence))
     known, kept = truth < HAZE, confidence > render.MIN_CONFIDENCE
@@ -162,7 +164,8 @@ def judge(network: Pi3X, clip: world.Clip) -> dict[str, float]:
     errors = {"depth, in meters": (ratio - 1).abs().mean(), "depth": (ratio / ratio.median() - 1).abs().mean(),
               "focal length": (focal / clip.K[0, 0] - 1).abs(), "kept": kept[known].float().mean(),
               "kept of the sky": kept[~known].float().mean()}  # nan without a sky
-    ways = {"exact": (exact, poses), "plane": (plane, poses), "in meters": (guess, poses), "estimate": (guess, scaled)}
+    ways = {"exact": (exact, poses), "plane": (plane, poses), "no network": (blind, poses),
+            "in meters": (guess, poses), "estimate": (guess, scaled)}
     warps = {name: render.render(*way, truth.shape) for name, way in ways.items()}
     for name, warp in warps.items():
         seen = torch.minimum(warp.visible, warps["exact"].visible)[:, :, 1:].expand(-1, 3, -1, -1, -1) > 0.5
