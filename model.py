@@ -8,8 +8,8 @@ and which of their tokens are dropped (`Band`, `History`; the decisions are made
 `Helios.context` and `Helios.text` prepare all that does not depend on the noisy latents, once per pyramid stage and prompt;
 `Helios.forward` is then one denoising step. History and target tokens travel as two segments, since each has its own
 modulation (history is always "at t = 0"). Module names are the checkpoint's names, so no key map exists.
-For training, `checkpointing` keeps nothing of a block but its inputs and runs it again in the backward pass; with
-`keep_attention` all of it but the attention, whose results are small and take most of a block's time.
+For training, `checkpointing` keeps of a block its inputs alone, and with `keep_attention` also what its attention gave
+(small, and most of a block's time), and runs the rest again in the backward pass.
 Left out: options that no released recipe uses (key boosts, learned rotary offsets, a replacement for dropped tokens).
 """
 

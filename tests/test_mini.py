@@ -145,8 +145,10 @@ def exported(folder):
 def test_an_export_is_a_whole_model(exported, tmp_path, monkeypatch):
     assert load_models(exported, "cpu").transformer.proj_out.bias.eq(0.5).all()
     assert native_size(exported) == SIZE and load_options(exported) == Options(steps=(4,), guidance=1.0)
-    total = sum(path.stat().st_size for path in exported.rglob("*") if path.is_file())
-    assert total < 25e6
+    shipped = Path(__file__).parent.parent / "weights" / "mini"
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json"):
+        assert json.loads((exported / name).read_text()) == json.loads((shipped / name).read_text())
+    assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) < 25e6
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     words = ["--image", str(Path(__file__).parent.parent / "data" / "hall.png"), "--prompt", "a room"]

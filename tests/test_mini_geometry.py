@@ -185,3 +185,12 @@ def test_rotations_in_training():
     assert torch.allclose(turn[0, 0, 1], expected[:3, :3], atol=1e-5)
     assert torch.allclose(place[0, 0, 1], expected[:3, 3], atol=1e-5)
     assert torch.allclose(turn[0, 0, 0], torch.eye(3), atol=1e-5) and place[0, 0, 0].abs().max() < 1e-6
+
+
+def test_no_svd_in_training(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(geometry, "CONFIG", TINY)
+    monkeypatch.setattr(geometry, "PICTURES", 3)
+    monkeypatch.setattr(geometry, "fit", lambda network, *rest: seen.append(network))
+    train(tmp_path, Recipe(1, 1))
+    assert seen[0].rotation is unit_rows and Pi3X(TINY).rotation is nearest_rotation

@@ -127,6 +127,24 @@ def test_geometry_from_the_picture_alone(place, capsys):
     assert len(frames("out.mp4")) == len(frames("out_warp.mp4")) == 40
 
 
+def test_keyframes_are_the_weights_own(place, monkeypatch):
+    """8, or what model_index.json says, or what the user says."""
+    weights, seen = place / "weights", []
+    shutil.copytree(DISTILLED, weights)
+
+    def remember(*arguments, keyframes, **options):
+        seen.append(keyframes)
+        raise ValueError("enough")
+
+    monkeypatch.setattr("sample.Memory", remember)
+    words = [*LED, *PI3X]
+    assert sample(*words, weights=weights) == 2
+    index = weights / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"keyframes": 3}))
+    assert sample(*words, weights=weights) == sample(*words, "--keyframes", "2", weights=weights) == 2
+    assert seen == [8, 3, 2]
+
+
 @pytest.mark.parametrize("free, kept", [(2**60, True), (0, False)])
 def test_pi3x_makes_room_for_the_transformer(place, monkeypatch, free, kept):
     """It is let go before the other networks are loaded and read again for each later chunk, unless all fit at once; one
