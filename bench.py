@@ -32,17 +32,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import wah
-from checkpoint import kept_dtype, load, network_dtype
-from flow import Schedule
+from files.checkpoint import kept_dtype, load
+from files.cli import parse_size, run_program
+from files.machine import Clock, network_dtype
+from helios.flow import Schedule
+from helios.load import Models, Prompts
+from helios.text import Tokenizer, UMT5Encoder, encode_prompt
+from helios.vae import VAE
 from model import Helios, HeliosConfig
-from render import parse_size, run_program
-from text import Tokenizer, UMT5Encoder, encode_prompt
-from trainer import Clock, Recipe, Trainer
-from vae import VAE
+from train import Recipe, Trainer
 
 TESTS = Path(__file__).resolve().parent / "tests"
 sys.path.append(str(TESTS))
-import peers  # noqa: E402
+import peers
 
 PROMPT = "A red car drives through a roundabout in the evening, trees and houses behind it, long shadows on the street."
 ROWS, WORDS = 512, 60  # of a prompt's embeddings: in all, and those that the text encoder is timed with
@@ -200,11 +202,11 @@ def bench_chunk(setup: Setup) -> Iterator[Row]:
     transformer, encoder, vae = setup.scale.transformer(), setup.scale.encoder(), setup.scale.vae()
     folder = TESTS / "golden" / "helios" / "distilled" / "tokenizer"
     pipeline = peers.pipeline(transformer, encoder, vae, folder, SCHEDULE)
-    tokenizer, models = Tokenizer(folder), wah.Models(transformer, vae, SCHEDULE)
+    tokenizer, models = Tokenizer(folder), Models(transformer, vae, SCHEDULE)
     image, options = setup.scale.normal(1, 3, *setup.size).sigmoid(), wah.Options(STEPS, amplify_first_chunk=False)
 
     def ours() -> None:
-        prompts = wah.Prompts(encode_prompt(tokenizer, encoder, PROMPT, ROWS))
+        prompts = Prompts(encode_prompt(tokenizer, encoder, PROMPT, ROWS))
         generator = torch.Generator().manual_seed(1)
         wah.Rollout(models, prompts, setup.size, generator, image=2 * image - 1, options=options).next()
 

@@ -12,7 +12,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
 from itertools import permutations
 from pathlib import Path
 
@@ -23,18 +23,21 @@ from PIL import Image
 from safetensors.torch import save
 from torch import Tensor
 
-import media
-from camera import WINDOW, load_path, normalize
-from checkpoint import open_safetensors
+from files import media
+from files.arrays import read_arrays
+from files.checkpoint import open_safetensors
+from files.machine import network_dtype
+from files.media import quantize, to_u8
+from files.writing import replacing
+from geometry.camera import WINDOW, CameraPath, choose_fov, describe, normalize
+from geometry.paths import load_path
+from geometry.pi3x import Pi3X, load_pi3x
+from geometry.surface import Geometry, ensure_valid, estimate, place, transform
+from helios.load import add_trigger
+from helios.vae import VAE
 from memory import render_keyframes, smooth_focals
-from pi3x import Pi3X
-from render import (Geometry, Warp, choose_fov, collect, ensure_valid, estimate, place, quantize, render_frames, to_u8,
-                    transform)
-from vae import VAE
+from render import Warp, collect, render_frames
 from wah import CHUNK, mask_latents
-
-
-# ---------------------------------------------------------------------------------------------------- what to train on
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,10 @@ class Case:
     @property
     def later(self) -> bool:
         return self.keyframes[0] < self.start
+
+    @property
+    def recoloured(self) -> bool:
+        return self.form // 2 > 0
 
     @property
     def condition(self) -> int:
@@ -113,9 +120,6 @@ def change_form(video: Tensor, form: int) -> Tensor:
     orders = list(permutations(range(3)))
     video = video[:, orders[form // 2]] if video.shape[1] == 3 else video
     return video.flip(-1) if form % 2 else video
-
-
-# --------------------------------------------------------------------------------------------------------------- videos
 
 
 @dataclass(frozen=True)
@@ -174,9 +178,6 @@ def read_frames(path: Path, size: tuple[int, int]) -> Tensor:
     return torch.cat(frames)
 
 
-# ------------------------------------------------------------------------------------------------------------ geometry
-
-
 def geometry_file(folder: Path, *parts: bytes) -> Path:
     """Where to keep a geometry: the name tells what it depends on."""
     digest = hashlib.blake2b(digest_size=8)
@@ -188,7 +189,7 @@ def geometry_file(folder: Path, *parts: bytes) -> Path:
 def keep(path: Path, geometries: list[Geometry]) -> None:
     names = [field.name for field in fields(Geometry)]
     tensors = {name: torch.stack([getattr(each, name).cpu() for each in geometries]) for name in names}
-    with media.replacing({"file": path}, []) as files:
+    with replacing({"file": path}, []) as files:
         files["file"].write_bytes(save(tensors))
 
 
@@ -213,7 +214,7 @@ def read_depths(path: Path) -> list[Tensor]:
     """A depth map [h, w] of each frame, from .npy or .npz [T, h, w] or a folder of 16-bit pictures."""
     if path.is_dir():
         return [media.load_depth(file) for file in sorted(path.iterdir()) if file.suffix.lower() in media.PICTURES]
-    arrays = media.read_arrays(path)
+    arrays = read_arrays(path)
     if len(arrays) != 1 and "depth" not in arrays:
         raise ValueError(f"{path}: arrays {', '.join(sorted(arrays))}, expected one, or one named 'depth'")
     depth = arrays["depth"] if "depth" in arrays else next(iter(arrays.values()))
@@ -286,9 +287,6 @@ def render_case(clip: Clip, case: Case, atlas: bool = True) -> Warp:
     return Warp(quantize(frames), (visible * 255).round() / 255)
 
 
-# ------------------------------------------------------------------------------------------------------------- latents
-
-
 @dataclass(frozen=True)
 class Condition:
     """Normalised latents of a case, [1, 16, frames, h, w]."""
@@ -342,3 +340,28 @@ class Conditions:
         image = self.image(clip, case.original(case.condition, count), case.form)
         latents = self.target(clip, targets, case.form), *image, *self.warp(clip, case)
         return Condition(*(each.to(self.device) for each in latents))
+
+
+def load_clips(sources: list[Source], known: list[tuple[Path, Path]], pi3x: Path | None, estimate_all: bool,
+               size: tuple[int, int], pixels: int, folder: Path, device: str) -> list[Clip]:
+    """The videos with their geometry, kept in `folder`: from the `known` poses and depths, one pair a video, from files beside
+    the video unless `estimate_all`, or by the network in the file `pi3x`."""
+    given = known or [None if estimate_all else files_beside(source.video) for source in sources]
+    if None in given and pi3x is None:
+        raise ValueError("no geometry: give the Pi3X weights (--geometry FILE; weights/README.md says where they are),"
+                         " or the clip's own --poses and --depth")
+    frames = [read_frames(source.video, size) for source in sources]
+    folder.mkdir(parents=True, exist_ok=True)
+    network = cache(partial(load_pi3x, pi3x, device, network_dtype(device)))
+    clips = []
+    for source, each, files in zip(sources, frames, given):
+        if files is not None:
+            path = known_geometry(source.video, *files, each, folder)
+            forward, reverse = Geometries(path, device), Geometries(path, device, backwards=True)
+        else:
+            estimated = partial(estimate_clip, pi3x, network, pixels=pixels, folder=folder)
+            forward, reverse = (Geometries(estimated(images), device) for images in (each, each.flip(0)))
+        clips.append(Clip(add_trigger(source.prompt), each, forward, reverse))
+        print(f"{source.video}: {len(each)} frames, prompt {clips[-1].prompt!r}, geometry {forward.path.name},"
+              f" camera: {describe(CameraPath(forward.c2w))}")
+    return clips

@@ -1,9 +1,9 @@
-"""Keyframe memory: the geometry of a rollout by Pi3X, estimated anew before every chunk, and its warps.
+"""The camera of a rollout: geometry that is given and stays (`Camera`), or keyframes estimated anew (`Memory`).
 
 The first chunk's warp is the first frame's alone (render.py). Before a later chunk Pi3X sees the first frame and the
 last one of every chunk so far together. Their focal lengths are smoothed, the scale is aligned with the first estimate
 and all are splatted into the new views, the latest densely; behind them lies a panorama of the keyframes' far pixels.
-`Memory` is the state of one rollout, the rest are plain functions. Reproduced: the official pipeline's memory, also
+Both classes are the state of one rollout, the rest are plain functions. Reproduced: the official pipeline's memory, also
 switched off (`keyframes=1`). Left out: target intrinsics, which the official code ignores with Pi3X keyframes.
 """
 
@@ -15,16 +15,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from camera import hold, normalize, scale_translation
-from pi3x import Pi3X
-from render import (MIN_CONFIDENCE, Geometry, NoSurface, RenderSettings, Samples, Warp, collect,
-                    ensure_valid, estimate, median_depth, quantize, render, render_samples, resize, surface_samples,
-                    transform, unproject)
+from files.media import quantize
+from geometry.camera import WINDOW, hold, normalize, scale_translation
+from geometry.pi3x import Pi3X
+from geometry.surface import (MIN_CONFIDENCE, Geometry, NoSurface, ensure_valid, estimate, median_depth, resize,
+                              transform, unproject)
+from render import RenderSettings, Samples, Warp, collect, render, render_samples, surface_samples
+
 
 ATLAS = (384, 768)  # rows from straight up to straight down, columns all around
-
-
-# ----------------------------------------------------------------------------------------------------------- alignment
 
 
 def smooth_focals(geometries: list[Geometry]) -> list[Geometry]:
@@ -65,9 +64,6 @@ def align_scale(geometries: list[Geometry], reference: Geometry) -> list[Geometr
     scale = depth_ratio(geometries[0], reference)
     return [replace(geometry, points=geometry.points * scale, depth=geometry.depth * scale,
                     c2w=scale_translation(geometry.c2w[None], scale)[0]) for geometry in geometries]
-
-
-# ---------------------------------------------------------------------------------------------------------- background
 
 
 @dataclass(frozen=True)
@@ -138,9 +134,6 @@ def look_up(atlas: Atlas, c2w: Tensor, K: Tensor, size: tuple[int, int]) -> tupl
     return atlas.rgb.flatten(0, 1)[index], atlas.known.flatten()[index]
 
 
-# ----------------------------------------------------------------------------------------------------------- rendering
-
-
 def keyframe_samples(geometries: list[Geometry], settings: RenderSettings) -> Samples:
     """Surface samples of all keyframes, oldest first: one a quad, of the latest as many as the settings say.
 
@@ -171,7 +164,41 @@ def render_keyframes(geometries: list[Geometry], poses: Tensor,
                           lambda c2w, K: look_up(atlas, c2w, K, tuple(latest.depth.shape)))
 
 
-# ---------------------------------------------------------------------------------------------------------- one rollout
+class Camera:
+    """The camera of one rollout, whose geometry is given and stays: the first frame's, for all chunks.
+
+    `Memory` is the other kind, which estimates geometry anew from what has been generated.
+    """
+
+    def __init__(self, geometry: Geometry, size: tuple[int, int], unit: float | None = None):
+        """unit: length of a path's unit in the geometry's; officially a tenth of the first frame's median depth."""
+        self.geometry, self.size = geometry, size
+        self.unit = 0.1 * median_depth(geometry) if unit is None else unit
+        self.first: Tensor | None = None  # pose of the picture's own camera: the first of all
+
+    @property
+    def begun(self) -> bool:
+        return self.first is not None
+
+    def warp(self, poses: Tensor) -> Warp:
+        """The chunk's views from `poses` [33, 4, 4], camera-to-world; if there are fewer, the last one holds."""
+        poses = scale_translation(hold(poses), self.unit)
+        if self.first is None:
+            self.first = poses[:1]
+            return render(self.geometry, normalize(poses, WINDOW), self.size)
+        # The renderer's first frame is always the picture itself: it is put in front and taken off again.
+        warp = render(self.geometry, normalize(torch.cat([self.first, poses]), WINDOW + 1), self.size)
+        return Warp(warp.frames[:, :, 1:], warp.visible[:, :, 1:])
+
+    def remember(self, frame: Tensor) -> None:
+        """The last frame of a chunk teaches nothing."""
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.first is None else {"first": self.first}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`, with the same geometry."""
+        self.first = state.get("first")
 
 
 class Memory:

@@ -23,7 +23,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from checkpoint import Lora
+from files.checkpoint import Network
+from helios.lora import Lora
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,6 @@ class HeliosConfig:
     @property
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
-
-
-# ---------------------------------------------------------------------------------------------- history and positions
 
 
 @dataclass(frozen=True)
@@ -149,9 +147,6 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
     """Rotate neighbouring pairs of [B, N, heads, head_dim] by [N, 1, head_dim / 2] complex, in fp32."""
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rope).flatten(-2).type_as(x)
-
-
-# --------------------------------------------------------------------------------------------------------- the layers
 
 
 class Linear(nn.Linear):
@@ -313,14 +308,14 @@ def attention_kept() -> tuple[AbstractContextManager, AbstractContextManager]:
     return create_selective_checkpoint_contexts(policy)
 
 
-class Helios(nn.Module):
+class Helios(Network):
     """The DiT. Parameters are named and shaped as in transformer/ of the released checkpoints."""
 
     Config = HeliosConfig
     fp32 = ("time_embedder", "scale_shift_table", "norm2", "history_key_scale")  # stay fp32 in a bf16 model
     aliases = {"scale_shift_table": "norm_out.scale_shift_table"}  # name in files of the older training code
-    ignored: tuple[str, ...] = ()
     fp8 = tuple(f"{layer}.weight" for layer in ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"))
+    streamed = "blocks", ("attn2.to_k",)  # `Helios.text` calls the latter
 
     def __init__(self, config: HeliosConfig):
         super().__init__()

@@ -8,50 +8,35 @@ right, y down, z forward), pixel centres at integers, K in pixels.
 """
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL.Image import Image
 from torch import Tensor
 
-import media
-from camera import VERBS, CameraPath, describe, inverse, load_path, move_path, normalize, retime, scale_translation
-from pi3x import Pi3X, focal_from_rays, load_pi3x
+from files.cli import existing, parse_size, run_program
+from files.draw import contact_sheet, evenly_spaced, plan, save_ply, save_png
+from files.media import fit_image, load_depth, load_image, resize_frames, to_u8
+from files.video import VideoWriter
+from files.writing import beside, replacing
+from geometry.camera import (VERBS, CameraPath, choose_fov, describe, inverse, move_path, normalize, retime,
+                             scale_translation)
+from geometry.paths import load_path
+from geometry.pi3x import load_pi3x
+from geometry.surface import (MIN_CONFIDENCE, Geometry, NoSurface, ensure_valid, estimate, keep_confident, max_pool,
+                              median_depth, mesh_break, place, resize, transform, unproject)
 
-PATCH, PIXEL_LIMIT = 14, 255_000  # geometry maps have the input size of Pi3X
-MIN_CONFIDENCE = 0.1
+
 NEAR = 1e-4
 NOTHING, LOW_32 = 2**63 - 1, 2**32 - 1  # z-buffer entry of a pixel without a sample; the bits of the index
 
+
 Backdrop = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # c2w, K -> rgb [H,W,3] uint8, where it is known [H,W]
-
-
-class NoSurface(ValueError):
-    """A geometry from which nothing can be rendered."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What is known of one picture's scene; all maps at `geometry_size`, which is not the video size."""
-
-    points: Tensor  # [H, W, 3] world
-    depth: Tensor  # [H, W] z in the camera
-    confidence: Tensor  # [H, W] 0..1
-    valid: Tensor  # [H, W] bool: confident, finite, and not on a depth edge
-    K: Tensor  # [3, 3]
-    c2w: Tensor  # [4, 4]
-    rgb: Tensor  # [H, W, 3] uint8
-
-    def has_depth(self) -> Tensor:
-        return self.depth.isfinite() & (self.depth > 0)
 
 
 @dataclass(frozen=True)
@@ -76,217 +61,6 @@ class Samples:
     xyz: Tensor  # [3, N] world
     rgb: Tensor  # [N, 3] uint8
     xy: Tensor  # [N, 2] source pixel
-
-
-def geometry_size(height: int, width: int, limit: int = PIXEL_LIMIT) -> tuple[int, int]:
-    """Multiples of 14 near the aspect ratio with at most `limit` pixels (Pi3X input size) -> height, width."""
-    scale = math.sqrt(limit / (height * width))
-    rows, columns = round(height * scale / PATCH), round(width * scale / PATCH)
-    while rows * columns * PATCH**2 > limit:
-        if columns / max(rows, 1) > (width * scale) / max(height * scale, 1):
-            columns -= 1
-        else:
-            rows -= 1
-    return PATCH * max(rows, 1), PATCH * max(columns, 1)
-
-
-def map_size(height: int, width: int) -> tuple[int, int]:
-    """`geometry_size` where nothing official decides: 16 points for each of a thumbnail's pixels are as good as more."""
-    return geometry_size(height, width, min(PIXEL_LIMIT, 16 * height * width))
-
-
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B,C,h,w] -> [B,C,H,W], bilinear without antialiasing."""
-    return F.interpolate(images, size, mode="bilinear", align_corners=False)
-
-
-def to_u8(images: Tensor) -> Tensor:
-    """Floats in 0..1 to 8 bit."""
-    return (images * 255 + 0.5).clamp(0, 255).to(torch.uint8)
-
-
-def quantize(frame: Tensor) -> Tensor:
-    """A decoded frame in [-1,1] through 8 bits, before it becomes the source of the next chunk."""
-    return (frame / 2 + 0.5).clamp(0, 1).mul(255).round().div(255) * 2 - 1
-
-
-def pinhole(fov_x: float, height: int, width: int) -> Tensor:
-    """[3,3] of a centred camera with square pixels and the horizontal field of view `fov_x` in degrees."""
-    focal = width / 2 / math.tan(math.radians(fov_x) / 2)
-    return torch.tensor([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
-
-
-def stretch(K: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """`K` [...,3,3] of a picture of the `old` size (H, W) after it was resized to the `new` one."""
-    factors = torch.tensor([new[1] / old[1], new[0] / old[0], 1.0])
-    K = factors[:, None] * K
-    K[..., :2, 2] += (factors[:2] - 1) / 2  # pixel centres are integers, so the corner is at -1/2
-    return K
-
-
-def unproject(depth: Tensor, K: Tensor, c2w: Tensor) -> Tensor:
-    """World points [H,W,3] of a depth map [H,W]."""
-    rows, columns = (torch.arange(n, device=depth.device, dtype=depth.dtype) for n in depth.shape)
-    (fx, _, cx), (_, fy, cy), _ = K.tolist()
-    x, y = (columns - cx) / fx * depth, (rows[:, None] - cy) / fy * depth
-    return torch.stack(transform(c2w, x, y, depth), dim=-1)
-
-
-def transform(pose: Tensor, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
-    """Points through a pose. Not a matmul, which may use TF32 on CUDA; `add` with `alpha` is a fused multiply-add and
-    so rounds like the official matrix product, which decides between equally deep samples."""
-    return [(a * x).add_(y, alpha=b).add_(z, alpha=c).add_(t) for a, b, c, t in pose[:3].tolist()]
-
-
-def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor | None = None) -> Geometry:
-    """From `image` [1,3,H,W] in [-1,1], its `depth` [h,w] (unknown: not finite or not positive), `K` in its pixels. The
-    colours are those of a larger copy of the image, if given: edges in them and in the depth then fall together."""
-    height, width = image.shape[-2:]
-    size = map_size(height, width)
-    known = depth.isfinite() & (depth > 0)
-    weight = resize(known.float()[None, None], size)[0, 0]
-    depth = resize(torch.where(known, depth, 0)[None, None], size)[0, 0] / weight  # unknown neighbours don't count
-    K = stretch(K.cpu(), (height, width), size)
-    c2w = torch.eye(4)
-    valid = weight >= 0.5
-    depth = torch.where(valid, depth, 0)
-    points = unproject(depth, K, c2w)
-    valid = valid & ~mesh_break(points, depth, valid)
-    colors = (image if sharp is None else sharp) / 2 + 0.5
-    rgb = rearrange(to_u8(resize(colors.clamp(0, 1), size)), "1 c h w -> h w c")
-    return ensure_valid(Geometry(points, depth, torch.ones_like(depth), valid, K, c2w, rgb))
-
-
-def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, int],
-          device: torch.device | str = "cpu") -> tuple[Tensor, Geometry]:
-    """A picture centre-cropped to the video `size`, [1,3,H,W] in [-1,1], and its geometry.
-
-    `depth` [h,w] (None: a plane at depth 1) and the horizontal `fov_x` in degrees are those of the whole picture.
-    """
-    image = media.fit_image(picture, size).to(device)
-    rows, columns = media.kept_share(picture, size)
-    depth = torch.ones(1, 1) if depth is None else depth
-    top, left = (round(n * (1 - share) / 2) for n, share in zip(depth.shape, (rows, columns)))
-    depth = depth[top : len(depth) - top, left : depth.shape[1] - left].to(device)
-    fov_x = 2 * math.degrees(math.atan(math.tan(math.radians(fov_x) / 2) * columns))
-    factor = max(1, round(map_size(*size)[0] / size[0]))  # 1 but for thumbnails
-    sharp = media.fit_image(picture, (factor * size[0], factor * size[1])).to(device)
-    return image, geometry_from_depth(image, depth, pinhole(fov_x, *size), sharp)
-
-
-@torch.no_grad()
-def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None) -> list[Geometry]:
-    """One joint run over `images`, each [1,3,H,W] in [-1,1] -> a geometry each, in one world, on the network's device.
-
-    The maps have at most `limit` pixels (None: the official number) and the aspect of the latest image. Without a given
-    limit a small network sees fewer, and its maps are enlarged: on coarse ones every floor is a depth edge. `valid` may
-    come out empty: `ensure_valid` is left to the caller, because the scale is aligned before it.
-    """
-
-    def show(size: tuple[int, int]) -> Tensor:
-        pictures = torch.cat([resize((image / 2 + 0.5).clamp(0, 1), size) for image in images])
-        return pictures.to(network.image_mean.device)
-
-    shape = images[-1].shape[-2:]
-    size = seen = geometry_size(*shape, PIXEL_LIMIT if limit is None else limit)
-    if limit is None and network.config.pixels < PIXEL_LIMIT:
-        size, seen = map_size(*shape), geometry_size(*shape, network.config.pixels)
-    prediction = network(show(seen)[None])
-    colors = rearrange(to_u8(show(size)), "n c h w -> n h w c")
-    intrinsics, poses = focal_from_rays(prediction.local_points[0]).cpu(), prediction.c2w[0].cpu()
-    maps = prediction.points[0], prediction.local_points[0], prediction.confidence[0].sigmoid()
-    if seen != size:
-        intrinsics = stretch(intrinsics, seen, size)
-        depths, confidences = (resize(x[:, None], size)[:, 0] for x in (maps[1][..., 2], maps[2]))
-        points, local = (torch.stack([unproject(*each) for each in zip(depths, intrinsics, cameras)])
-                         for cameras in (poses, torch.eye(4).expand_as(poses)))
-        maps = points, local, confidences
-    geometries = []
-    for points, local, confidence, K, c2w, rgb in zip(*maps, intrinsics, poses, colors):
-        depth = local[..., 2]
-        valid = (confidence > MIN_CONFIDENCE) & local.isfinite().all(-1) & (depth > 0)
-        valid = valid & ~mesh_break(points, depth, valid)
-        geometries.append(Geometry(points, depth, confidence, valid, K, c2w, rgb))
-    return geometries
-
-
-def keep_confident(geometry: Geometry, percent: float) -> Geometry:
-    """`valid` becomes the most confident `percent` of the pixels with a depth (and all that tie with the last of them);
-    their confidence is raised to pass the threshold."""
-    candidates = geometry.has_depth() & geometry.points.isfinite().all(-1) & geometry.confidence.isfinite()
-    if not candidates.any():
-        candidates = geometry.has_depth()
-    scores = torch.where(candidates, geometry.confidence.nan_to_num(nan=-torch.inf), -torch.inf)
-    keep = max(1, math.ceil(candidates.sum().item() * percent / 100))
-    valid = candidates & (scores >= scores.flatten().sort(descending=True).values[keep - 1])
-    confidence = torch.where(valid, scores.clamp(min=MIN_CONFIDENCE + 0.001), geometry.confidence)
-    return replace(geometry, valid=valid, confidence=confidence)
-
-
-def ensure_valid(geometry: Geometry) -> Geometry:
-    """The geometry itself, or with the most confident 5 % valid if nothing valid has a depth."""
-    return geometry if (geometry.valid & geometry.has_depth()).any() else keep_confident(geometry, 5)
-
-
-def median_depth(geometry: Geometry) -> float:
-    """Of the valid pixels with a depth; of all with a depth if there are none; 1 without any depth."""
-    mask = geometry.valid & geometry.has_depth()
-    values = geometry.depth[mask if mask.any() else geometry.has_depth()].sort().values
-    return ((values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2).item() if len(values) else 1.0
-
-
-def max_pool(x: Tensor, size: int) -> Tensor:
-    """Maximum over a size x size window of [H,W], ignoring the outside."""
-    rows = F.max_pool2d(x[None, None], (size, 1), 1, (size // 2, 0))
-    return F.max_pool2d(rows, (1, size), 1, (0, size // 2))[0, 0]
-
-
-def shift(x: Tensor, dy: int, dx: int) -> Tensor:
-    """The neighbour at (y + dy, x + dx) of every pixel of [...,H,W]; 0 outside."""
-    height, width = x.shape[-2:]
-    return F.pad(x, (1, 1, 1, 1))[..., 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
-
-
-def surface_normals(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit normals [3,H,W] from the four triangles around each pixel, and where there is one [H,W]; elsewhere 0."""
-    center = rearrange(points, "h w c -> c h w")
-    usable = valid & points.isfinite().all(-1)
-    around = [(-1, 0), (0, -1), (1, 0), (0, 1), (-1, 0)]  # up, left, down, right, up
-    arms = [(shift(center, *step) - center, shift(usable, *step) & usable) for step in around]
-    total, known = torch.zeros_like(center), torch.zeros_like(usable)
-    for (first, first_usable), (second, second_usable) in pairwise(arms):
-        triangle = first_usable & second_usable
-        normal = torch.linalg.cross(first, second, dim=0)
-        total += torch.where(triangle, normal / (normal.norm(dim=0) + 1e-12), 0)
-        known |= triangle
-    return total / (total.norm(dim=0) + 1e-12), known
-
-
-def depth_edges(depth: Tensor, valid: Tensor, rtol: float) -> Tensor:
-    """Where the depth varies by more than `rtol` of the centre within 3x3 valid pixels."""
-    known = valid & ~depth.isnan()
-    spread = max_pool(torch.where(known, depth, -torch.inf), 3) + max_pool(torch.where(known, -depth, -torch.inf), 3)
-    return valid & (spread / depth > rtol)
-
-
-def normal_edges(normals: Tensor, known: Tensor, degrees: float) -> Tensor:
-    """Where, within 3x3 pixels, one's normal turns by more than `degrees` to a 3x3 neighbour's.
-
-    Kept for parity: a pixel without a normal has the zero vector, at 90 degrees to every neighbour that has one.
-    """
-    cosine = torch.ones_like(normals[0])
-    for dy in (-1, 0, 1):
-        for dx in (-1, 0, 1):
-            dot = (normals * shift(normals, dy, dx)).sum(0)
-            cosine = torch.where(shift(known, dy, dx), torch.minimum(cosine, dot), cosine)
-    angle = max_pool(cosine.clamp(-1, 1).arccos(), 3)
-    return known & (angle > math.radians(degrees))
-
-
-def mesh_break(points: Tensor, depth: Tensor, valid: Tensor, rtol: float = 0.03, degrees: float = 5.0) -> Tensor:
-    """Valid pixels on a depth edge that is also a normal edge: the surface is torn there. [H,W] bool."""
-    normals, known = surface_normals(points, valid)
-    return depth_edges(depth, valid, rtol) & normal_edges(normals, known, degrees)
 
 
 def components(mask: Tensor) -> Tensor:
@@ -491,20 +265,17 @@ def render(geometry: Geometry, poses: Tensor, size: tuple[int, int], settings: R
     return collect(render_frames(geometry, poses, settings, intrinsics), size)
 
 
-def parse_size(text: str) -> tuple[int, int]:
-    height, _, width = text.partition("x")
-    sides = [int(part) if part.isdecimal() and len(part) < 5 else 0 for part in (height, width)]
-    if not all(16 <= side <= 8192 and side % 2 == 0 for side in sides):
-        raise ValueError(f"--size {text!r}: expected HEIGHTxWIDTH, even numbers from 16 to 8192, as in 384x640")
-    return sides[0], sides[1]
+def make_warp(frames: np.ndarray, mask: np.ndarray | None, size: tuple[int, int]) -> Warp:
+    """A warp from pictures: `frames` [T, h, w, 3] uint8; `mask` [T', h', w'] in 0..1, None for all visible. Resized as the
+    official code does it: frames with Pillow's bilinear filter, the mask trilinearly, so also in time."""
+    video = rearrange(torch.from_numpy(resize_frames(frames, size)), "t h w c -> 1 c t h w") / 255 * 2 - 1
+    if mask is None:
+        return Warp(video, torch.ones_like(video[:, :1]))
+    return Warp(video, resize_volume(torch.from_numpy(mask).float()[None, None], video.shape[2:]))
 
 
-def choose_fov(given: float | None, path: CameraPath) -> float:
-    """The horizontal field of view in degrees: the user's, else the path file's, else 55."""
-    fov_x = given if given is not None else path.fov_x if path.fov_x is not None else 55.0
-    if not 1 <= fov_x <= 179:
-        raise ValueError(f"--fov {fov_x:g}: expected degrees from 1 to 179")
-    return fov_x
+def resize_volume(x: Tensor, size: torch.Size) -> Tensor:
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="trilinear", align_corners=False)
 
 
 def draw_path(geometry: Geometry, poses: Tensor) -> np.ndarray:
@@ -514,7 +285,7 @@ def draw_path(geometry: Geometry, poses: Tensor) -> np.ndarray:
     colors, places, headings = geometry.rgb[geometry.valid].numpy(), poses[:, :3, 3].numpy(), poses[:, :3, 2].numpy()
     views = []
     for names, axes, sign in ((("x", "z"), [0, 2], 1), (("z", "-y"), [2, 1], np.array([1, -1]))):
-        views.append(media.plan(points[:, axes] * sign, colors, places[:, axes] * sign, headings[:, axes] * sign, names))
+        views.append(plan(points[:, axes] * sign, colors, places[:, axes] * sign, headings[:, axes] * sign, names))
     return np.concatenate(views, axis=1)
 
 
@@ -523,21 +294,21 @@ def preview(args: argparse.Namespace) -> None:
     size, path = parse_size(args.size), load_path(args.poses) if args.move is None else CameraPath(move_path(args.move))
     fov_x = choose_fov(args.fov, path)
     path, count, fps = retime(path, args.frames, args.fps, args.resample)
-    outputs = media.beside(args.out, mask="_mask.mp4", sheet="_sheet.png", path="_path.png", cloud="_cloud.ply")
-    inputs = [file for file in (args.image, args.poses, args.depth, args.geometry) if file is not None]
-    picture = media.load_image(args.image)
+    outputs = beside(args.out, mask="_mask.mp4", sheet="_sheet.png", path="_path.png", cloud="_cloud.ply")
+    inputs = existing(args.image, args.poses, args.depth, args.geometry)
+    picture = load_image(args.image)
     if args.geometry is not None:
-        geometry = ensure_valid(estimate(load_pi3x(args.geometry), [media.fit_image(picture, size)])[0])
+        geometry = ensure_valid(estimate(load_pi3x(args.geometry), [fit_image(picture, size)])[0])
         source = f"Pi3X of {args.geometry}"
     else:
-        _, geometry = place(picture, None if args.depth is None else media.load_depth(args.depth), fov_x, size)
+        _, geometry = place(picture, None if args.depth is None else load_depth(args.depth), fov_x, size)
         source = args.depth or "no --depth, so the picture stands on a plane at depth 1"
         source = f"{source}, field of view {fov_x:g} degrees"
     unit = 1.0 if path.unit == "meter" else 0.1 * median_depth(geometry)
     poses = normalize(scale_translation(path.c2w, unit), count)
-    picks, tiles = set(media.evenly_spaced(count, 8)), []
-    with media.replacing(outputs, inputs) as partial:
-        with media.VideoWriter(partial["video"], fps, size) as video, media.VideoWriter(partial["mask"], fps, size) as mask:
+    picks, tiles = set(evenly_spaced(count, 8)), []
+    with replacing(outputs, inputs) as partial:
+        with VideoWriter(partial["video"], fps, size) as video, VideoWriter(partial["mask"], fps, size) as mask:
             for index, (rgb, visible) in enumerate(render_frames(geometry, poses)):
                 warp = to_video(rgb[None], visible[None], size)
                 pair = [rearrange(to_u8(x[0, :, 0]), "c h w -> h w c") for x in (warp.frames / 2 + 0.5, warp.visible)]
@@ -546,9 +317,9 @@ def preview(args: argparse.Namespace) -> None:
                 mask.write(pair[1])
                 if index in picks:
                     tiles.append(pair)
-        media.save_png(partial["sheet"], media.contact_sheet(dict(zip(("warp", "mask"), map(np.stack, zip(*tiles))))))
-        media.save_png(partial["path"], draw_path(geometry, poses))
-        media.save_ply(partial["cloud"], geometry.points[geometry.valid].numpy(), geometry.rgb[geometry.valid].numpy())
+        save_png(partial["sheet"], contact_sheet(dict(zip(("warp", "mask"), map(np.stack, zip(*tiles))))))
+        save_png(partial["path"], draw_path(geometry, poses))
+        save_ply(partial["cloud"], geometry.points[geometry.valid].numpy(), geometry.rgb[geometry.valid].numpy())
     print(f"geometry: {source}\ncamera: {describe(path)}; one unit of it is {unit:.4g} of the geometry's; {count} frames")
     print("wrote", *outputs.values())
 
@@ -558,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("render.py", usage=argparse.SUPPRESS, description=about)  # one line an error
     parser.add_argument("--image", type=Path, required=True, help="first frame")
     camera = parser.add_mutually_exclusive_group(required=True)
-    camera.add_argument("--poses", type=Path, help="a file of poses or a COLMAP folder; README.md lists the formats")
+    camera.add_argument("--poses", type=Path, help="a file of poses or a COLMAP folder; docs/paths.md lists the formats")
     camera.add_argument("--move", help=f'such as "forward 1, yaw -20 + up 1, hold"; verbs: {", ".join(VERBS)}, hold')
     geometry = parser.add_mutually_exclusive_group()
     geometry.add_argument("--geometry", type=Path, help="Pi3X weights; without them and without --depth a plane")
@@ -570,19 +341,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resample", action="store_true", help="stretch or squeeze the path to --frames or --fps instead")
     parser.add_argument("--out", type=Path, default=Path("warp.mp4"), help="video; the others go beside it (warp.mp4)")
     return run_program("render.py", preview, parser.parse_args(argv))
-
-
-def run_program(name: str, program: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Exit status 0; 2 and one line on stderr for bad input; 130 when the user stops it."""
-    try:
-        program(args)
-    except (ValueError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped, nothing written", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

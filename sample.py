@@ -11,15 +11,12 @@ video has exactly the frames asked for.
 """
 
 import argparse
-import itertools
 import json
-import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -30,17 +27,26 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-import media
-from camera import WINDOW, CameraPath, describe, load_path, move_path, path_error, retime
-from checkpoint import Lora, count_numbers, free_memory, load_lora, network_dtype, read_json, weight_files
-from flow import load_schedule
-from memory import Memory
-from output import Output, fingerprint
-from pi3x import Pi3X, load_pi3x
-from render import choose_fov, estimate, parse_size, place, run_program
-from wah import (MEMORY, Camera, Options, Rollout, encode_prompts, load_models, load_options, make_warp, native_size,
-                 size_multiple)
-
+from files.checkpoint import weight_files
+from files.cli import Parser, existing, parse_size, run_program
+from files.draw import save_png
+from files.machine import check_device, default_device, network_dtype, peak_memory
+from files.media import VIDEOS, fit_image, load_depth, load_image, load_video, read_frames, read_mask, to_frames
+from files.output import Output
+from files.settings import parse_settings, require
+from files.writing import beside, check_outputs, fingerprint, replacing
+from geometry.camera import WINDOW, CameraPath, choose_fov, describe, move_path, path_error, retime
+from geometry.paths import load_path
+from geometry.pi3x import Pi3X, find_pi3x, pi3x_source
+from geometry.surface import estimate, place
+from helios.flow import load_schedule
+from helios.index import check_weights, read_index
+from helios.load import MEMORY, default_weights, encode_prompts, find_lora, load_models, size_multiple
+from helios.lora import Lora, load_lora
+from memory import Camera, Memory
+from model import Helios
+from render import Warp, make_warp
+from wah import Chunk, Options, Rollout, model_options
 
 DATA = Path(__file__).parent / "data"
 DEMO = {"image": DATA / "plaza.png", "depth": DATA / "plaza_depth.png", "poses": DATA / "plaza.json",
@@ -48,124 +54,120 @@ DEMO = {"image": DATA / "plaza.png", "depth": DATA / "plaza_depth.png", "poses":
                   " green ball, a marbled dark brown box, a gray box, a striped blue box"}
 
 
-def default_weights() -> Path:
-    """The released model if it has been downloaded, else the miniature that comes with the code."""
-    root = Path(__file__).parent / "weights"
-    released = root / "Helios-Distilled"
-    return released if released.is_dir() else root / "mini"
+@dataclass(frozen=True)
+class Settings(Options):
+    """What --set reaches: how to sample, and what a run seldom needs otherwise."""
+
+    geometry: Path | None = None  # Pi3X weights; none: Pi3X/model.safetensors in the weights' folder or beside it
+    keyframes: int | None = None  # pictures that Pi3X sees at once, the first and the latest; none: 8, or the weights' own
+    fov: float | None = None  # the picture's horizontal degrees; none: the path file's, or 55
+    resample: bool = False  # stretches or squeezes the path to --frames or --fps, instead of cutting or holding it
+    check: bool = False  # measures with Pi3X how well the video follows: out_check.json
+    latents: Path | None = None  # also writes the latents (.safetensors, key `latents`)
+    compile: bool = False  # torch.compile the transformer: slow to begin, faster then
+    device: str = default_device()
+
+    def __post_init__(self):
+        super().__post_init__()
+        latents = self.latents
+        require(
+            self,
+            ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
+            ("fov", self.fov is None or 1 <= self.fov <= 179, "degrees from 1 to 179"),
+            ("latents", latents is None or latents.suffix == ".safetensors", "a file name that ends in .safetensors"),
+        )
 
 
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("sample.py", usage=argparse.SUPPRESS,  # one line an error
-                                     description="Make a video that follows a camera path through a picture.")
-    parser.add_argument("--image", type=Path, help="first frame (any picture); a video here is continued")
-    camera = parser.add_mutually_exclusive_group()
-    camera.add_argument("--poses", type=Path, help="camera path: a file or COLMAP folder; README.md lists the formats")
-    camera.add_argument("--move", help='camera path in words, one chunk of 33 frames each: "forward 1, yaw -20, hold"')
-    camera.add_argument("--warp", type=Path, help="finished warp video, mp4 or npy (uint8 [T,H,W,3])")
-    parser.add_argument("--mask", type=Path, help="visibility of --warp, mp4 or npy ([T,H,W]); default: all visible")
-    parser.add_argument("--geometry", type=Path, help="Pi3X weights (default: Pi3X/model.safetensors in the weights'"
-                                                      " folder or beside it; without any: a plane at depth 1)")
-    parser.add_argument("--keyframes", type=int, help="pictures that Pi3X sees at once: first and latest (default: 8, or the"
-                                                      " weights' own)")
-    parser.add_argument("--depth", type=Path, help="depth map of the picture instead: npy, npz or 16-bit png")
-    parser.add_argument("--fov", type=float, help="the picture's horizontal degrees (default: the path file's, or 55)")
-    parser.add_argument("--prompt", default="", help="what the video shows")
-    parser.add_argument("--weights", type=Path, default=default_weights(), help="folder in the official layout (default:"
-                        " weights/Helios-Distilled if it is there, else the miniature, weights/mini)")
-    parser.add_argument("--lora", default="auto", help='LoRA file, "off", or "auto": the one beside the weights if any')
-    parser.add_argument("--out", type=Path, default=Path("out.mp4"))
-    parser.add_argument("--frames", type=int, help="length of the video (default: that of the path or warp, or 33)")
-    parser.add_argument("--fps", type=float, help="frame rate of the video (default: the path file's, or 16)")
-    parser.add_argument("--resample", action="store_true", help="stretch or squeeze the path to --frames or --fps instead")
-    parser.add_argument("--size", help="HEIGHTxWIDTH, multiples of 64, of 16 for one-stage models (default: 384x640,"
-                        " of the miniature 64x96)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--ablate", default="", help="comma-separated: no-align, no-drop, no-noise;"
-                                                      " no-lag puts the masks of later Pi3X chunks in step")
-    parser.add_argument("--save-latents", type=Path, help="also write the latents (.safetensors, key `latents`)")
-    parser.add_argument("--check", action="store_true", help="measure with Pi3X how well the video follows (out_check.json)")
-    parser.add_argument("--continue", action="store_true", dest="resume", help="go on with the video that a run with the same"
-                        " words began; every chunk is saved")
-    parser.add_argument("--memory", choices=MEMORY, default="full", help="full: weights stay on the device; fp8: in half the"
-                        " room, with small errors; stream: they come from the file as they are needed (README.md has a table)")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the transformer: slow to begin, faster then")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    if not argv:
+HELP = """
+settings (--set NAME=VALUE ...), and what they are else:
+  geometry=FILE keyframes=8 fov=55     Pi3X weights; pictures it sees at once; the picture's field of view
+  resample=true                        stretch the path to --frames or --fps instead of cutting or holding it
+  steps=2,2,2 guidance=1 threshold=0.1 numbers of the sampler; docs/options.md has all
+  align=false drop=false               the paper's ideas switched off
+  check=true latents=x.safetensors     measure the camera of the result; keep its latents
+  device=cuda compile=true             where to run, and torch.compile"""
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = Parser("sample.py", "Make a video that follows a camera path through a picture.", Settings())
+    parser.epilog, parser.formatter_class = HELP, argparse.RawDescriptionHelpFormatter
+    group = parser.add_argument_group("picture and camera")
+    group.add_argument("--image", type=Path, help="first frame (any picture); a video here is continued")
+    camera = group.add_mutually_exclusive_group()
+    camera.add_argument("--poses", type=Path, help="camera path, a file or a COLMAP folder (docs/paths.md)")
+    camera.add_argument("--move", help='in words, a chunk of 33 frames each: "forward 1, yaw -20, hold"')
+    camera.add_argument("--warp", type=Path, nargs="+", help="finished warp, mp4 or npy; and its mask, else all is visible")
+    group.add_argument("--depth", type=Path, help="depth map of the picture, instead of Pi3X: npy, npz, 16-bit png")
+    group.add_argument("--prompt", default="", help="what the video shows")
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", type=Path, default=Path("out.mp4"))
+    group.add_argument("--size", help="HEIGHTxWIDTH, multiples of 64, or 16 (default: 384x640, or the model's own)")
+    group.add_argument("--frames", type=int, help="length (default: that of the path or warp, or 33)")
+    group.add_argument("--fps", type=float, help="frame rate (default: the path file's, or 16)")
+    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--continue", action="store_true", dest="resume", help="go on with the video that the same words began")
+    group = parser.add_argument_group("model and machine")
+    group.add_argument("--weights", type=Path, default=default_weights(), help="folder in the official layout (default:"
+                       " weights/Helios-Distilled, else the miniature)")
+    group.add_argument("--lora", default="auto", help="file, off, or auto: the one beside the weights, if any")
+    group.add_argument("--memory", choices=MEMORY, default="full", help="how weights are held (docs/memory.md)")
+    args = parser.parse_args(words)
+    if not words:
         vars(args).update(DEMO)
-    return argparse.Namespace(**vars(args), words=argv)
-
-
-def parse_ablation(text: str, options: Options) -> Options:
-    switches = {"no-align": {"align": False}, "no-drop": {"drop": False}, "no-noise": {"warp_noise": False},
-                "no-lag": {"mask_lag": False}}
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        if word not in switches:
-            raise ValueError(f"--ablate {word!r}: expected some of {', '.join(switches)}")
-        options = replace(options, **switches[word])
-    return options
-
-
-def find_lora(choice: str, weights: Path, led: bool) -> Path | None:
-    """The LoRA file to use. It belongs to runs that a warp leads; plain Helios runs without."""
-    word = choice.lower()
-    if word in ("off", "none", "no", "false", "null", "0", "") or (word == "auto" and not led):
-        return None
-    if word == "auto":
-        released = weights.parent / "warp-as-history" / "visible_lora_state_step1000.safetensors"
-        return next((path for path in (weights / "lora.safetensors", released) if path.is_file()), None)
-    if not led:
-        raise ValueError("--lora needs a camera: --poses, --move or --warp")
-    return Path(choice)
-
-
-def find_geometry(choice: Path | None, weights: Path) -> Path | None:
-    """The Pi3X file to use."""
-    if choice is not None:
-        return choice
-    places = (folder / "Pi3X" / "model.safetensors" for folder in (weights, weights.parent))
-    return next((path for path in places if path.is_file()), None)
-
-
-def pi3x_source(file: Path, weights: Path, device: str, often: bool) -> Callable[[], Pi3X]:
-    """How a run gets Pi3X: read anew for each estimate, so that it makes room for the transformer, or kept beside it if it
-    is used often and both fit on the device, with a quarter more for what they compute."""
-    dtype = network_dtype(device)
-    load = partial(load_pi3x, file, device, dtype)
-    needed = count_numbers([file, *weight_files(weights / "transformer")]) * dtype.itemsize * 5 // 4
-    return cache(load) if often and free_memory(device) > needed else load
+    return argparse.Namespace(**vars(args), words=words)
 
 
 # ------------------------------------------------------------------------------------------------------------- inputs
 
 
 @dataclass(frozen=True)
+class Control:
+    """What leads a chunk: its poses [T, 4, 4], or its warp, or nothing."""
+
+    poses: Tensor | None = None
+    warp: Warp | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a rollout starts from: an image [1, 3, H, W], with a camera or not, or a video [1, 3, T, H, W], or nothing."""
+
+    image: Tensor | None = None
+    video: Tensor | None = None
+    camera: Camera | Memory | None = None
+
+
+@dataclass(frozen=True)
 class Job:
     """A run's inputs, all of them checked; the networks are still to come."""
 
-    options: Options
+    settings: Settings
     size: tuple[int, int]
     frames: int
     fps: float
-    controls: Iterator[dict]  # what `Rollout.next` takes, chunk by chunk
-    start: dict  # what `Rollout` starts from: image [1, 3, H, W] and camera, or video [1, 3, T, H, W], or nothing
+    start: Start
+    controls: Iterator[Control]  # chunk by chunk
     led: bool  # by a warp, rendered or given
     lora: Lora | None
     path: CameraPath | None
-    pi3x: Callable[[], Pi3X] | None  # for the check
+    pi3x_file: Path | None  # whose geometry leads, or checks the result
+    pi3x: Callable[[], Pi3X] | None
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.frames // WINDOW)
 
 
-def pose_chunks(c2w: Tensor, frames: int) -> Iterator[dict]:
+def pose_chunks(c2w: Tensor, frames: int) -> Iterator[Control]:
     """Poses by the chunk; the last pose holds to the end."""
     for start in range(0, frames, WINDOW):
-        yield {"poses": c2w[min(start, len(c2w) - 1):][:WINDOW]}
+        yield Control(poses=c2w[min(start, len(c2w) - 1):][:WINDOW])
 
 
-def warp_chunks(warp: Path, mask: Path | None, frames: int, size: tuple[int, int]) -> Iterator[dict]:
+def warp_chunks(warp: Path, mask: Path | None, frames: int, size: tuple[int, int]) -> Iterator[Control]:
     """Warps by the chunk, read as they are needed; the last frame holds to the end of the last chunk."""
-    pictures = media.read_frames(warp)
-    masks = None if mask is None else media.read_mask(mask)
+    pictures = read_frames(warp)
+    masks = None if mask is None else read_mask(mask)
 
     def take(stream: Iterator[np.ndarray], count: int) -> np.ndarray:
         taken = list(islice(stream, count))
@@ -173,13 +175,13 @@ def warp_chunks(warp: Path, mask: Path | None, frames: int, size: tuple[int, int
 
     for start in range(0, frames, WINDOW):
         count = min(WINDOW, frames - start)
-        yield {"warp": make_warp(take(pictures, count), None if masks is None else take(masks, count), size)}
+        yield Control(warp=make_warp(take(pictures, count), None if masks is None else take(masks, count), size))
 
 
 def count_warp(warp: Path, mask: Path | None, asked: int | None) -> int:
     """Frames to make from a warp; the whole warp and mask are read once to be sure that they are there."""
-    there = sum(1 for _ in media.read_frames(warp))
-    masked = there if mask is None else sum(1 for _ in media.read_mask(mask))
+    there = sum(1 for _ in read_frames(warp))
+    masked = there if mask is None else sum(1 for _ in read_mask(mask))
     if masked != there:
         raise ValueError(f"{mask} has {masked} frames, expected {there} as {warp}")
     if asked is not None and there < asked:
@@ -187,87 +189,128 @@ def count_warp(warp: Path, mask: Path | None, asked: int | None) -> int:
     return there if asked is None else asked
 
 
-def check_place(device: str, weights: Path) -> None:
-    """Whether there are such a device and such weights."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device!r}: expected cpu, cuda or cuda:N")
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there is no such device, {torch.cuda.device_count()} found")
-    if not (weights / "model_index.json").is_file():
-        raise ValueError(f"--weights {weights}: no model_index.json there; weights/README.md says what to download")
-
-
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, settings: Settings) -> None:
     """What can be said of the words alone."""
     if args.frames is not None and args.frames < 1:
         raise ValueError(f"--frames {args.frames}: expected at least 1")
     if args.fps is not None and not 1 <= args.fps <= 240:
         raise ValueError(f"--fps {args.fps:g}: expected a number from 1 to 240")
-    if args.keyframes is not None and args.keyframes < 1:
-        raise ValueError(f"--keyframes {args.keyframes}: expected at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
+    if args.warp is not None and len(args.warp) > 2:
+        raise ValueError(f"--warp: {len(args.warp)} files, expected a warp, or a warp and its mask")
     path = args.poses is not None or args.move is not None
-    if args.mask is not None and args.warp is None:
-        raise ValueError("--mask needs --warp")
-    for name in ("depth", "fov", "geometry", "resample", "check"):
-        if getattr(args, name) not in (None, False) and not path:
-            raise ValueError(f"--{name} needs a camera path: --poses or --move")
+    if args.depth is not None and not path:
+        raise ValueError("--depth needs a camera path: --poses or --move")
     if args.image is None and (path or args.warp is not None):
         raise ValueError("a camera needs --image: the picture that it moves through")
-    if args.save_latents is not None and args.save_latents.suffix != ".safetensors":
-        raise ValueError(f"--save-latents {args.save_latents}: expected a file name that ends in .safetensors")
-    check_place(args.device, args.weights)
+    check_settings(args, settings, path)
+    check_device(settings.device)
+
+
+def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> None:
+    """Settings that would do nothing in this run are refused."""
+    set_here = {word.partition("=")[0] for word in args.set}
+    needs = ({name: (path, "a camera path: --poses or --move") for name in
+              ("geometry", "keyframes", "fov", "resample", "check")}
+             | {name: (path or args.warp is not None, "a camera: --poses, --move or --warp") for name in
+                ("align", "drop", "threshold", "warp_noise", "warp_sigma", "previous", "mask_lag")})
+    for name in sorted(set_here & needs.keys()):
+        met, need = needs[name]
+        if not met:
+            raise ValueError(f"--set {name}: needs {need}")
+    if args.depth is not None:
+        for name in sorted(set_here & {"geometry", "keyframes"}):
+            if not (name == "geometry" and settings.check):
+                raise ValueError(f"--set {name}: Pi3X is not used beside --depth")
+
+
+def load_settings(args: argparse.Namespace) -> Settings:
+    """The words of --set over the official numbers for the weights."""
+    check_weights(args.weights)
+    return parse_settings(args.set, model_options(args.weights, Settings()))
+
+
+def choose_size(args: argparse.Namespace) -> tuple[int, int]:
+    size = read_index(args.weights).size if args.size is None else parse_size(args.size)
+    multiple = size_multiple(load_schedule(args.weights))
+    if any(side % multiple for side in size):
+        raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
+    return size
+
+
+def open_pi3x(args: argparse.Namespace, settings: Settings, frames: int) -> tuple[Path | None, Callable[[], Pi3X] | None]:
+    """The geometry network of a run along a path, where it is needed and there is one."""
+    file = find_pi3x(settings.geometry, args.weights)
+    if settings.check and file is None:
+        raise ValueError("--set check: needs Pi3X: --set geometry=PATH")
+    if file is None or args.depth is not None and not settings.check:
+        return None, None
+    often = args.depth is None and frames > WINDOW
+    return file, pi3x_source(file, settings.device, weight_files(args.weights / "transformer"), often)
+
+
+def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, int], path: CameraPath, file: Path | None,
+               pi3x: Callable[[], Pi3X] | None) -> Start:
+    """The picture and the camera in its geometry; says where that comes from."""
+    picture = load_image(args.image)
+    unit = 1.0 if path.unit == "meter" else None
+    if args.depth is None and pi3x is not None:
+        if settings.fov is not None:
+            raise ValueError("--set fov: the field of view comes from Pi3X; it is used with --depth, or without Pi3X")
+        image = fit_image(picture, size).to(settings.device)
+        keyframes = settings.keyframes or read_index(args.weights).keyframes
+        camera = Memory(pi3x, image, size, keyframes=keyframes, unit=unit)
+        source = f"Pi3X of {file}"
+    else:
+        if settings.keyframes is not None:
+            raise ValueError("--set keyframes: there is no Pi3X here")
+        fov = choose_fov(settings.fov, path)
+        depth = None if args.depth is None else load_depth(args.depth)
+        image, geometry = place(picture, depth, fov, size, settings.device)
+        camera = Camera(geometry, size, unit)
+        source = args.depth or "neither Pi3X nor --depth, so the picture stands on a plane at depth 1"
+        source = f"{source}, field of view {fov:g} degrees"
+    print(f"geometry: {source}\ncamera: {describe(path)}; one unit of it is {camera.unit:.4g} of the geometry's")
+    return Start(image=image, camera=camera)
+
+
+def start_video(path: Path, size: tuple[int, int]) -> Start:
+    video = make_warp(load_video(path), None, size).frames
+    if video.shape[2] < WINDOW:
+        raise ValueError(f"{path}: fewer than the {WINDOW} frames that a video to be continued needs")
+    return Start(video=video)
 
 
 def prepare(args: argparse.Namespace) -> Job:
     """Read and check all inputs but the networks; raises ValueError or OSError with one line."""
-    check(args)
-    schedule, options = load_schedule(args.weights), parse_ablation(args.ablate, load_options(args.weights))
-    size = native_size(args.weights) if args.size is None else parse_size(args.size)
-    multiple = size_multiple(schedule)
-    if any(side % multiple for side in size):
-        raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
-    path = None if args.poses is None else load_path(args.poses)
-    path = path if args.move is None else CameraPath(move_path(args.move))
+    settings = load_settings(args)
+    check(args, settings)
+    size = choose_size(args)
+    path = load_path(args.poses) if args.poses else CameraPath(move_path(args.move)) if args.move is not None else None
     led = path is not None or args.warp is not None
-    lora, dtype = find_lora(args.lora, args.weights, led), network_dtype(args.device)
+    lora = find_lora(args.lora, args.weights, led)
+    dtype = network_dtype(settings.device)
     precision = str(dtype).removeprefix("torch.")
-    print(f"weights {args.weights}, LoRA {lora or 'none'}, {args.device} in {precision}, seed {args.seed}")
-    frames, fps, start, controls = args.frames or WINDOW, args.fps or 16, {}, ({} for _ in itertools.count())
-    pi3x = None
+    print(f"weights {args.weights}, LoRA {lora or 'none'}, {settings.device} in {precision}, seed {args.seed}")
+    frames, fps, file, pi3x = args.frames or WINDOW, args.fps or 16, None, None
+    start, controls = Start(), iter([])
     if path is not None:
-        path, frames, fps = retime(path, args.frames, args.fps, args.resample)
-        picture, unit = media.load_image(args.image), 1.0 if path.unit == "meter" else None
-        pi3x_file = find_geometry(args.geometry, args.weights)
-        if pi3x_file is not None and (args.depth is None or args.check):
-            pi3x = pi3x_source(pi3x_file, args.weights, args.device, often=args.depth is None and frames > WINDOW)
-        elif args.check:
-            raise ValueError("--check needs Pi3X: --geometry PATH")
-        if args.depth is None and pi3x is not None:
-            image, source = media.fit_image(picture, size).to(args.device), f"Pi3X of {pi3x_file}"
-            keyframes = args.keyframes or read_json(args.weights / "model_index.json").get("keyframes", 8)
-            camera = Memory(pi3x, image, size, keyframes=keyframes, unit=unit)
-        else:
-            fov, depth = choose_fov(args.fov, path), None if args.depth is None else media.load_depth(args.depth)
-            image, geometry = place(picture, depth, fov, size, args.device)
-            camera = Camera(geometry, size, unit)
-            source = args.depth or "neither Pi3X nor --depth, so the picture stands on a plane at depth 1"
-            source = f"{source}, field of view {fov:g} degrees"
-        start, controls = {"image": image, "camera": camera}, pose_chunks(path.c2w, frames)
-        print(f"geometry: {source}\ncamera: {describe(path)}; one unit of it is {camera.unit:.4g} of the geometry's")
+        path, frames, fps = retime(path, args.frames, args.fps, settings.resample)
+        file, pi3x = open_pi3x(args, settings, frames)
+        start, controls = start_path(args, settings, size, path, file, pi3x), pose_chunks(path.c2w, frames)
     elif args.warp is not None:
-        start = {"image": media.fit_image(media.load_image(args.image), size, crop=False)}
-        frames = count_warp(args.warp, args.mask, args.frames)
-        controls = warp_chunks(args.warp, args.mask, frames, size)
-    elif args.image is not None and (args.image.is_dir() or args.image.suffix.lower() in media.VIDEOS):
-        start = {"video": make_warp(media.load_video(args.image), None, size).frames}
-        if start["video"].shape[2] < WINDOW:
-            raise ValueError(f"{args.image}: fewer than the {WINDOW} frames that a video to be continued needs")
+        warp, mask = args.warp[0], args.warp[1] if len(args.warp) > 1 else None
+        frames = count_warp(warp, mask, args.frames)
+        start = Start(image=fit_image(load_image(args.image), size, crop=False))
+        controls = warp_chunks(warp, mask, frames, size)
     elif args.image is not None:
-        start = {"image": media.fit_image(media.load_image(args.image), size, crop=False)}
-    return Job(options, size, frames, fps, islice(controls, -(-frames // WINDOW)), start, led,
-               load_lora(lora, args.device, dtype) if lora else None, path, pi3x if args.check else None)
+        video = args.image.is_dir() or args.image.suffix.lower() in VIDEOS
+        start = start_video(args.image, size) if video else Start(fit_image(load_image(args.image), size, crop=False))
+    if not led:
+        controls = (Control() for _ in range(-(-frames // WINDOW)))
+    adapters = load_lora(lora, settings.device, dtype) if lora else None
+    return Job(settings, size, frames, fps, start, controls, led, adapters, path, file, pi3x)
 
 
 # ------------------------------------------------------------------------------------------------------------ outputs
@@ -280,10 +323,11 @@ class Progress:
     """A bar for each stage of each chunk."""
 
     def __init__(self, options: Options, few_step: bool, chunks: int):
-        self.options, self.few_step, self.chunks, self.bar = options, few_step, chunks, None
+        self.options, self.few_step, self.chunks = options, few_step, chunks
+        self.bar: tqdm | None = None
 
     def __call__(self, chunk: int, stage: int, step: int) -> None:
-        if step == 0:
+        if step == 0 or self.bar is None:
             self.close()
             twice = self.few_step and self.options.amplify_first_chunk and chunk == 0
             total = self.options.steps[stage] * (2 if twice else 1)
@@ -298,53 +342,55 @@ class Progress:
 
 def check_camera(pi3x: Pi3X, video: Path, path: CameraPath) -> dict:
     """The camera of every fourth frame, as Pi3X sees it, against the path that was asked for (`camera.path_error`)."""
-    frames = islice(media.read_frames(video), 0, None, CHECK_STRIDE)
+    frames = islice(read_frames(video), 0, None, CHECK_STRIDE)
     images = [rearrange(torch.from_numpy(frame), "h w c -> 1 c h w") / 127.5 - 1 for frame in frames]
     estimated = torch.stack([geometry.c2w for geometry in estimate(pi3x, images)])
     wanted = path.c2w[(torch.arange(len(images)) * CHECK_STRIDE).clamp(max=len(path.c2w) - 1)]
     return path_error(estimated, wanted)
 
 
-def peak_memory(device: str) -> str:
-    if torch.device(device).type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
-    import resource  # not on every system
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory"
-
-
 # What can be another in a run that goes on; all else is what the video depends on.
-FREE = {"out", "save_latents", "check", "resume", "memory", "device", "words"}
+FREE = {"out", "resume", "memory", "words", "set", "latents", "check", "compile", "device"}
 
 
 def describe_job(args: argparse.Namespace, job: Job) -> dict:
     """What the video depends on; files and folders by what they hold."""
-    about = vars(args) | {"size": job.size, "frames": job.frames, "fps": job.fps, "fp8": args.memory == "fp8",
-                          "dtype": str(network_dtype(args.device)),
-                          "lora": Path(job.lora.source) if job.lora else None,
-                          "geometry": find_geometry(args.geometry, args.weights) if job.path else None}
+    about = vars(args) | asdict(job.settings) | {
+        "size": job.size, "frames": job.frames, "fps": job.fps, "fp8": args.memory == "fp8",
+        "dtype": str(network_dtype(job.settings.device)), "lora": Path(job.lora.source) if job.lora else None,
+        "geometry": job.pi3x_file, "warp": [fingerprint(path) for path in args.warp or ()]}
     return {name: fingerprint(value) if isinstance(value, Path) else value
             for name, value in about.items() if name not in FREE}
 
 
+def pictures(chunk: Chunk) -> dict[str, np.ndarray]:
+    """A chunk's rows [33, H, W, 3] uint8: the result, and the warp and mask that led it."""
+    rows = {"result": to_frames(chunk.frames / 2 + 0.5)}
+    if chunk.warp is not None:
+        frames, visible = chunk.warp.frames[:, :, -WINDOW:], chunk.warp.visible[:, :, -WINDOW:]  # 34 begin before
+        rows |= {"warp": to_frames(frames / 2 + 0.5), "mask": to_frames(visible)}
+    return rows
+
+
 def generate(args: argparse.Namespace, job: Job, output: Output) -> Rollout:
     """Load the networks and make the video; Ctrl-C after the first chunk ends it early."""
-    prompts = encode_prompts(args.weights, args.prompt, job.lora is not None, job.options.guidance > 1, args.device,
+    settings, start = job.settings, job.start
+    prompts = encode_prompts(args.weights, args.prompt, job.lora is not None, settings.guidance > 1, settings.device,
                              args.memory)
-    models = load_models(args.weights, args.device, args.memory)
-    if args.compile:
+    models = load_models(Helios, args.weights, settings.device, args.memory)
+    if settings.compile:
         models.transformer.compile_blocks()
-    progress = Progress(job.options, models.schedule.sampler == "dmd", chunks=-(-job.frames // WINDOW))
+    progress = Progress(settings, models.schedule.sampler == "dmd", job.chunks)
     generator = torch.Generator("cpu").manual_seed(args.seed)
     begin, already = time.perf_counter(), len(output.counts)
-    rollout = Rollout(models, prompts, job.size, generator, **job.start, lora=job.lora, options=job.options,
-                      on_step=progress)
+    rollout = Rollout(models, prompts, job.size, generator, start.image, start.video, start.camera, job.lora, settings,
+                      progress)
     if output.rollout is not None:
         rollout.restore(output.rollout)
     try:
         for control in islice(job.controls, already, None):
-            output.add(rollout.next(**control), rollout)
+            chunk = rollout.next(control.poses, control.warp)
+            output.add(pictures(chunk), chunk.latents, rollout.state())
     except KeyboardInterrupt:
         if not output.count:
             raise
@@ -352,41 +398,45 @@ def generate(args: argparse.Namespace, job: Job, output: Output) -> Rollout:
         print(f"\nstopped: keeping the {output.count} frames that are done; to go on: python sample.py {words}")
     finally:
         progress.close()
-    seconds, made, work = time.perf_counter() - begin, len(output.counts) - already, rollout.flops / 1e12
+    report(rollout, output, already, time.perf_counter() - begin, settings.device)
+    return rollout
+
+
+def report(rollout: Rollout, output: Output, already: int, seconds: float, device: str) -> None:
+    """What this run made, beyond the chunks that were there already, and how fast."""
+    made, work = len(output.counts) - already, rollout.flops / 1e12
     if made:
         frames = sum(output.counts[already:])
         print(f"{seconds / made:.2f} s/chunk, {frames / seconds:.2f} frames/s, {work / seconds:.3g} TFLOP/s ({work:.3g} TFLOP"
-              f" counted in the transformer), peak {peak_memory(args.device)}")
-    return rollout
+              f" counted in the transformer), peak {peak_memory(device)}")
 
 
 def run(args: argparse.Namespace) -> None:
     job = prepare(args)
-    outputs = media.beside(args.out, **({"warp": "_warp.mp4"} if job.led else {}), sheet="_sheet.png")
-    if args.save_latents is not None:
-        outputs["latents"] = args.save_latents
-    if args.check:
+    outputs = beside(args.out, **({"warp": "_warp.mp4"} if job.led else {}), sheet="_sheet.png")
+    if job.settings.latents is not None:
+        outputs["latents"] = job.settings.latents
+    if job.settings.check:
         outputs["check"] = args.out.with_name(f"{args.out.stem}_check.json")
-    given = args.image, args.poses, args.warp, args.mask, args.depth, args.geometry
-    inputs = [path for path in given if path is not None]
-    media.check_outputs(outputs, inputs)
+    inputs = existing(args.image, args.poses, args.depth, job.settings.geometry, *(args.warp or ()))
+    check_outputs(outputs, inputs)
     with Output(args.out, describe_job(args, job), args.resume, job.frames, job.fps, job.led) as output:
         rollout = generate(args, job, output)
-        with media.replacing(outputs, inputs) as files:
+        with replacing(outputs, inputs) as files:
             for name in files.keys() & {"video", "warp"}:
                 output.join(f"_{name}.mp4", files[name])
-            media.save_png(files["sheet"], output.sheet())
+            save_png(files["sheet"], output.sheet())
             if "latents" in files:
                 files["latents"].write_bytes(save({"latents": output.latents(rollout.given)}))
-            if "check" in files:
+            if "check" in files and job.pi3x is not None and job.path is not None:
                 error = check_camera(job.pi3x(), files["video"], job.path)
                 files["check"].write_text(json.dumps(error, indent=1) + "\n")
                 print("camera check: " + ", ".join(f"{name} {value:.4g}" for name, value in error.items()))
     print(f"wrote {output.count} frames:", *outputs.values())
 
 
-def main(argv: list[str] | None = None) -> int:
-    return run_program("sample.py", run, parse(sys.argv[1:] if argv is None else argv))
+def main(words: list[str] | None = None) -> int:
+    return run_program("sample.py", run, parse(sys.argv[1:] if words is None else words))
 
 
 if __name__ == "__main__":

@@ -1,202 +1,301 @@
-"""Command line: a video in, a camera-control LoRA out.
+"""Training: one video (or a few) in, a camera-control LoRA out.
 
     python train.py --video car-roundabout --prompt "a car driving through a roundabout" --out runs/car
 
-Trains the LoRA of `trainer.py` on the clips of `clips.py` and keeps all of a run in one folder: the LoRA in the
-official format, which sample.py, diffusers and PEFT load; the state from which --resume continues with the same losses;
-a line of numbers a step, and their curve. Words and files are checked before the networks are loaded, files are written
-under temporary names, and Ctrl-C saves. The official loop encodes each window anew in every step; here they are kept.
+Low-rank adapters on all self-attentions learn, over the frozen model, to follow a warp that is given as in sampling
+(`wah.pseudo_history`; paper section 4): in the first pyramid stage alone, by flow matching towards the true video. `Recipe`
+holds every number, with the release's as defaults; draws are from one CPU stream in the official order, so that losses,
+gradients and updates are the official ones. What a step sees is chosen in clips.py; a run's folder is files/run.py.
+Left out: loss weights by noise level, gradient accumulation, batches, several GPUs.
 """
 
 import argparse
-import json
+import math
 import shlex
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from functools import cache, lru_cache, partial
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw
-from safetensors.torch import save
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
-import media
-from camera import WINDOW, CameraPath, describe
-from checkpoint import network_dtype, open_safetensors, read_json
-from clips import (Clip, Conditions, Geometries, Source, draw_case, estimate_clip, files_beside, item_order,
-                   known_geometry, read_frames, read_sources)
-from flow import load_schedule
-from output import to_frames
-from pi3x import load_pi3x
-from render import parse_size, run_program
-from sample import check_place, default_weights, find_geometry, peak_memory
-from trainer import TARGETS, Recipe, Trainer, build_history, parse_recipe
-from wah import (MEMORY, NEGATIVE_PROMPT, Camera, Models, Prompts, Rollout, add_trigger, embed_prompts, load_models,
-                 load_options, native_size, size_multiple)
+from clips import Case, Choices, Clip, Condition, Conditions, Source, draw_case, item_order, load_clips, read_sources
+from files.checkpoint import open_safetensors
+from files.cli import Parser, deferred_interrupt, parse_size, run_program
+from files.draw import contact_sheet, save_png
+from files.machine import Clock, check_device, default_device, peak_memory
+from files.media import to_frames
+from files.run import Run
+from files.settings import parse_settings, require
+from files.writing import fingerprint
+from geometry.camera import WINDOW
+from geometry.pi3x import find_pi3x
+from helios.flow import Item, Schedule, interval_levels, load_schedule, shifted_levels, table_levels, training_item
+from helios.index import ModelIndex, check_weights, read_index
+from helios.load import (MEMORY, NEGATIVE_PROMPT, Models, Prompts, add_trigger, default_weights, embed_prompts,
+                         load_models, size_multiple)
+from helios.lora import Lora
+from memory import Camera
+from model import Helios, History
+from wah import BANDS, CHUNK, Rollout, add_noise, model_options, pseudo_history
 
+TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")  # of every block; nothing else is trained
 FREE = {"steps", "save_every", "sample_every", "checkpointing", "keep_attention", "cache"}  # may change when a run goes on
 
 
-def draw_curve(losses: list[float]) -> np.ndarray:
-    """Losses over steps, pale, and their running mean: a picture [360, 640, 3] uint8."""
-    image = Image.new("RGB", (640, 360), "white")
-    draw, count, values = ImageDraw.Draw(image), len(losses), np.array(losses)
-    left, top, right, bottom = 56, 32, 620, 320
-    high = 1.1 * np.quantile(values, 0.99) + 1e-9  # a single high value would flatten the rest
-    mean = [values[max(0, index - 24):index + 1].mean() for index in range(count)]
+@dataclass(frozen=True)
+class Recipe(Choices):
+    """How to train. The defaults are those of the release; --set changes them."""
 
-    def place(step: float, value: float) -> tuple[float, float]:
-        return left + (right - left) * step / count, bottom - (bottom - top) * min(value / high, 1)
+    steps: int = 1000
+    rank: int = 32
+    scale: float = 1.0  # alpha / rank
+    lr: float = 1e-4
+    warmup: int = 20  # steps
+    decay: str = "constant"  # or cosine or linear, down to final_lr * lr in the last step
+    final_lr: float = 0.0
+    weight_decay: float = 0.01
+    clip: float = 1.0  # largest norm of the gradient
+    checkpointing: bool = True
+    keep_attention: bool = True  # or compute it twice: a sixth more work and, at 384x640, 3.6 GiB less memory
+    stages: tuple[int, ...] = (0,)  # whose mean loss is trained; in sampling the first alone has the LoRA
+    levels: str = "table"  # or shifted (dynamic shifting) or interval (between a sampler's first two points)
+    interval_steps: int = 2  # of that sampler
+    density: str = "uniform"  # of the noise levels; or logit_normal, or first (the stage's first level alone)
+    draws: int = 1  # of noise and its level in a step; more make a steadier gradient where warps cost more than it does
+    history: tuple[int, int, int] = BANDS  # latent frames of the long, mid and short band before the target
+    warp_noise: bool = True
+    warp_sigma: tuple[float, float] = (0.111, 0.135)
+    position: str = "target"  # time indices of the warp; or reversed, or before (the target)
+    delta: int = 0  # is subtracted from them
+    drop: bool = True
+    threshold: float = 0.5  # least visible share of a kept token. Kept for parity: sampling keeps more, from 0.1 on
+    geometry_pixels: int = 0  # at most, in a frame that Pi3X sees and that warps are rendered at; 0: its own number
+    save_every: int = 100
+    sample_every: int = 0  # 0: never
+    cache: int = 256  # VAE windows of each kind that are kept in host memory, up to 2.4 MB each at 384x640
 
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        (x, y), step = place(share * count, share * high), round(share * count)
-        draw.line([(left, y), (right, y)], fill="lightgray")
-        draw.text((left - 6, y), f"{share * high:.2g}", fill="black", anchor="rm")
-        draw.text((x, bottom + 6), f"{step}", fill="black", anchor="ma")
-    for line, color, width in ((values, "lightskyblue", 1), (mean, "darkblue", 3)):
-        draw.line([place(step, value) for step, value in enumerate(line, start=1)], fill=color, width=width)
-    draw.line([(left, top), (left, bottom), (right, bottom)], fill="black")
-    draw.text((left, 10), f"loss over steps; dark: the mean of 25, now {mean[-1]:.4g}", fill="darkblue")
-    return np.array(image)
+    def __post_init__(self):
+        shares = self.reverse, self.first, self.future, self.threshold, self.final_lr
+        low, high = self.future_count
+        whole = self.steps, self.rank, self.draws, self.save_every, self.max_history, self.cache
+        require(
+            self,
+            ("steps rank draws save_every max_history cache", min(whole) > 0, "at least 1"),
+            ("lr scale clip", min(self.lr, self.scale, self.clip) > 0, "more than 0"),
+            ("warmup weight_decay", min(self.warmup, self.weight_decay) >= 0, "at least 0"),
+            ("reverse first future threshold final_lr", 0 <= min(shares) <= max(shares) <= 1, "from 0 to 1"),
+            ("decay", self.decay in ("constant", "cosine", "linear"), "constant, cosine or linear"),
+            ("levels", self.levels in ("table", "shifted", "interval"), "table, shifted or interval"),
+            ("interval_steps", self.interval_steps > 1, "at least 2"),
+            ("density", self.density in ("uniform", "logit_normal", "first"), "uniform, logit_normal or first"),
+            ("position", self.position in ("target", "reversed", "before"), "target, reversed or before"),
+            ("future_count", 1 <= low <= high <= WINDOW, f"two numbers from 1 to {WINDOW}, in order"),
+            ("forms", 1 <= self.forms <= 12, "from 1 to 12"),
+            ("history", min(self.history) >= 0, "no negative numbers"),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+            ("geometry_pixels sample_every", min(self.geometry_pixels, self.sample_every) >= 0, "at least 0"),
+            ("warp_sigma", 0 <= self.warp_sigma[0] <= self.warp_sigma[1] <= 1, "two numbers from 0 to 1, in order"),
+        )
 
 
-class Run:
-    """The folder of a run: state.safetensors, lora.safetensors, metrics.jsonl, loss.png, and sample_STEP.png.
+# --------------------------------------------------------------------------------------------------- what a step sees
 
-    The state holds the LoRA too, so that it is whole by itself whenever the program dies: --resume reads nothing else.
+
+def build_history(condition: Condition, recipe: Recipe, generator: torch.Generator) -> History:
+    """What the network sees beside the noisy target: first frame, fake latent, warp.
+
+    Kept for parity: earlier latents are never among it, also not for later chunks, whereas sampling has them. The target's
+    position follows from `recipe.history`, which in sampling it doesn't.
     """
+    first, warp = condition.image, condition.warp
+    if recipe.warp_noise:
+        warp = add_noise(warp, recipe.warp_sigma, generator, each_frame=True)
+        first = add_noise(first, recipe.warp_sigma, generator, each_frame=False)
+    past = condition.fake if recipe.history[2] else condition.fake[:, :, :0]
+    start = 1 + sum(recipe.history)
+    target = torch.arange(start, start + CHUNK, device=warp.device)
+    time = {"target": target, "reversed": target.flip(0), "before": target - CHUNK}[recipe.position] - recipe.delta
+    return pseudo_history(first, past, recipe.history, warp, condition.visible, start=start, warp_time=time,
+                          drop=recipe.drop, threshold=recipe.threshold)
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.files = {"state": folder / "state.safetensors", "lora": folder / "lora.safetensors",
-                      "metrics": folder / "metrics.jsonl", "curve": folder / "loss.png"}
-        self.about: dict = {}  # what the run depends on
-        self.metrics: list[dict] = []  # of each step
-        self.saved = 0  # steps
 
-    def check(self, resume: bool, overwrite: bool) -> None:
-        there = [path.name for path in self.files.values() if path.exists()]
-        if resume and not self.files["state"].is_file():
-            raise ValueError(f"--resume: no {self.files['state']}")
-        if there and not (resume or overwrite):
-            raise ValueError(f"{self.folder} holds a run already ({', '.join(there)}):"
-                             " --resume goes on, --overwrite starts anew")
+def draw_items(clean: Tensor, schedule: Schedule, recipe: Recipe, generator: torch.Generator) -> list[Item]:
+    """`recipe.draws` times a flow-matching pair for each trained stage, all stages from the same noise."""
+    levels = {"table": table_levels, "shifted": shifted_levels,
+              "interval": partial(interval_levels, steps=recipe.interval_steps)}[recipe.levels]
 
-    def begin(self, about: dict, trainer: Trainer, resume: bool) -> None:
-        """Take the saved state and forget what was measured after it, or remove all that an earlier run left."""
-        self.about = json.loads(json.dumps(about))
-        if not resume:
-            for path in (*self.files.values(), *self.folder.glob("sample_*.png")):
-                path.unlink(missing_ok=True)
-            return
-        path = self.files["state"]
-        with open_safetensors(path) as file:
-            header = file.metadata() or {}
-        if not {"run", "step"} <= header.keys():
-            raise ValueError(f"{path}: not a state of this program")
-        old, new = ({**each, **each["recipe"]} for each in (json.loads(header["run"]), self.about))
-        for name in sorted(new.keys() - FREE - {"recipe"}):
-            if new[name] != old.get(name):
-                raise ValueError(f"{path}: {name} was {old.get(name)}, now it is {new[name]}; --resume needs the same")
-        trainer.restore(path, int(header["step"]))
-        self.saved = trainer.steps
-        metrics = self.files["metrics"]
-        lines = metrics.read_text().splitlines(keepends=True)[:trainer.steps] if metrics.exists() else []
-        self.metrics = [json.loads(line) for line in lines]
-        with media.replacing({"metrics": metrics}, []) as files:
-            files["metrics"].write_text("".join(lines))
+    def draw() -> Tensor:
+        if recipe.density == "first":
+            return torch.zeros(1)
+        uniform = recipe.density == "uniform"
+        return torch.rand(1, generator=generator) if uniform else torch.randn(1, generator=generator).sigmoid()
 
-    def add(self, metrics: dict) -> None:
-        self.metrics.append(metrics)
-        try:
-            with open(self.files["metrics"], "a") as file:
-                file.write(json.dumps(metrics) + "\n")
-        except OSError as error:
-            raise OSError(f"{self.files['metrics']}: could not be written ({error}); {self.last()}") from None
+    items = []
+    for _ in range(recipe.draws):
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        items += [training_item(clean, noise, draw(), schedule, stage, levels) for stage in recipe.stages]
+    return items
 
-    def save(self, trainer: Trainer) -> None:
-        """State, LoRA and curve, each under another name until it is complete."""
-        recipe, step = trainer.recipe, str(trainer.steps)
+
+# ------------------------------------------------------------------------------------------------------------ the LoRA
+
+
+def new_lora(transformer: Helios, recipe: Recipe, generator: torch.Generator) -> Lora:
+    """fp32 adapters as PEFT makes them: A Kaiming-uniform, B zero. Kept for parity: both are drawn before A counts."""
+    device, adapters = transformer.proj_out.weight.device, {}
+    for name in (f"blocks.{index}.{target}" for index in range(transformer.config.num_layers) for target in TARGETS):
+        out, into = transformer.get_submodule(name).weight.shape
+        down, up = torch.empty(recipe.rank, into), torch.empty(out, recipe.rank)
+        for matrix in (down, up, down):
+            nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
+        down, up = nn.Parameter(down.to(device)), nn.Parameter(torch.zeros_like(up, device=device))
+        adapters[name] = (down, up, recipe.scale)
+    return Lora("the new LoRA", adapters)
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    progress = step / max(recipe.steps - 1, 1)
+    fall = {"constant": 0.0, "linear": progress, "cosine": (1 - math.cos(math.pi * progress)) / 2}[recipe.decay]
+    return recipe.lr * min(1, (step + 1) / max(recipe.warmup, 1)) * (1 - fall * (1 - recipe.final_lr))
+
+
+class Trainer:
+    """The LoRA, its optimiser and the one stream of random numbers: all that a step changes."""
+
+    def __init__(self, transformer: Helios, schedule: Schedule, recipe: Recipe):
+        self.transformer, self.schedule, self.recipe = transformer, schedule, recipe
+        self.clock = Clock(transformer.proj_out.weight.device)
+        self.generator = torch.Generator().manual_seed(recipe.seed)
+        self.lora = new_lora(transformer, recipe, self.generator)
+        transformer.checkpointing, transformer.keep_attention = recipe.checkpointing, recipe.keep_attention
+        transformer.set_lora(self.lora)
+        self.tensors = {f"{name}.lora_{half}.weight": matrix for name, (down, up, _) in self.lora.adapters.items()
+                        for half, matrix in (("A", down), ("B", up))}
+        self.optimizer = torch.optim.AdamW(self.tensors.values(), lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.steps = self.tokens = self.flops = 0  # steps since the beginning, the others since this program's start
+
+    def step(self, history: History, clean: Tensor, text: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """One update on clean latents [1, 16, 9, h, w]. Raises ValueError if loss or gradient isn't finite; nothing is
+        changed then but the random numbers."""
+        recipe, transformer = self.recipe, self.transformer
+        items, losses = draw_items(clean, self.schedule, recipe, self.generator), []
+        self.optimizer.zero_grad()
+        for item in items:
+            context = transformer.context(history, item.latents.shape[2:])
+            prediction = transformer(item.latents, item.timestep, text, context)
+            losses.append(F.mse_loss(prediction, item.target))
+            self.clock.lap("forward")
+            (losses[-1] / len(items)).backward()
+            self.clock.lap("backward")
+            self.tokens += context.rope.shape[0]
+            self.flops += transformer.flops(context, text[0][0].shape[1], training=True)
+        norm = nn.utils.clip_grad_norm_(self.tensors.values(), recipe.clip)
+        loss, norm = torch.stack([torch.stack(losses).mean().detach(), norm]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(f"step {self.steps + 1}: loss {loss:g}, gradient norm {norm:g}, expected finite numbers")
+        rate = learning_rate(recipe, self.steps)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.steps += 1
+        self.clock.lap("optimiser")
+        return {"step": self.steps, "loss": loss, "grad_norm": norm, "lr": rate,
+                "timestep": items[0].timestep.item(), "sigma": items[0].sigma.item()}
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that `restore` needs to go on bit-exactly."""
+        moments = {f"{name}.{moment}": self.optimizer.state[matrix][moment] for name, matrix in self.tensors.items()
+                   for moment in ("exp_avg", "exp_avg_sq")}
+        return {**self.tensors, **moments, "rng": self.generator.get_state()}
+
+    def result(self) -> tuple[dict[str, Tensor], dict]:
+        """The LoRA's tensors, and its settings as diffusers and PEFT read them."""
+        recipe = self.recipe
         settings = {"r": recipe.rank, "lora_alpha": recipe.scale * recipe.rank, "target_modules": list(TARGETS)}
-        settings = {f"transformer.{key}": value for key, value in settings.items()}  # as diffusers and PEFT read it
-        header = {"run": json.dumps(self.about), "step": step}
-        lora = {name: matrix.detach() for name, matrix in trainer.tensors.items()}
-        try:
-            with media.replacing({key: self.files[key] for key in ("state", "lora", "curve")}, []) as files:
-                files["state"].write_bytes(save(trainer.state(), header))
-                files["lora"].write_bytes(save(lora, header | {"lora_adapter_metadata": json.dumps(settings)}))
-                media.save_png(files["curve"], draw_curve([each["loss"] for each in self.metrics]))
-        except OSError as error:
-            raise OSError(f"{self.folder}: step {step} could not be saved ({error}); {self.last()}") from None
-        self.saved = trainer.steps
+        tensors = {name: matrix.detach() for name, matrix in self.tensors.items()}
+        return tensors, {f"transformer.{key}": value for key, value in settings.items()}
 
-    def last(self) -> str:
-        return f"step {self.saved} is safe there" if self.saved else "nothing had been saved before"
+    def restore(self, path: Path, steps: int) -> None:
+        """Take a state from its file. Raises ValueError naming what does not fit."""
+        with open_safetensors(path) as file:
+            state = {key: file.get_tensor(key) for key in file.keys()}
+        for name, matrix in self.tensors.items():
+            moments = [state.get(f"{name}{end}") for end in ("", ".exp_avg", ".exp_avg_sq")]
+            for tensor in moments:
+                if tensor is None or tensor.shape != matrix.shape:
+                    found = "nothing" if tensor is None else list(tensor.shape)
+                    raise ValueError(f"{path}: not a state of this model: {name} is {found},"
+                                     f" expected {list(matrix.shape)}")
+            value, average, square = (tensor.to(matrix.device) for tensor in moments)
+            matrix.data.copy_(value)
+            self.optimizer.state[matrix] = {
+                "step": torch.tensor(float(steps)), "exp_avg": average, "exp_avg_sq": square}
+        self.generator.set_state(state["rng"])
+        self.steps = steps
 
 
 # ------------------------------------------------------------------------------------------------------------- program
 
 
-@contextmanager
-def deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that no step is cut in two; a second one stops at once."""
-    asked = threading.Event()
+@dataclass(frozen=True)
+class Job:
+    """What the words ask for, checked."""
 
-    def ask(number: int, frame: object) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-        print("\nstopping after this step; Ctrl-C again stops at once, without saving")
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+    recipe: Recipe
+    size: tuple[int, int]
+    sources: list[Source]
+    index: ModelIndex
 
 
-def load_clips(args: argparse.Namespace, sources: list[Source], size: tuple[int, int], recipe: Recipe) -> list[Clip]:
-    pi3x = find_geometry(args.geometry, args.weights)
-    given = list(zip(args.poses, args.depth))
-    given = given or [None if args.geometry else files_beside(source.video) for source in sources]
-    if None in given and pi3x is None:
-        raise ValueError("no geometry: give the Pi3X weights (--geometry FILE; weights/README.md says where they are),"
-                         " or the clip's own --poses and --depth")
-    frames = [read_frames(source.video, size) for source in sources]
-    args.out.mkdir(parents=True, exist_ok=True)
-    network = cache(partial(load_pi3x, pi3x, args.device, network_dtype(args.device)))
-    clips = []
-    for source, each, known in zip(sources, frames, given):
-        if known is not None:
-            path = known_geometry(source.video, *known, each, args.out)
-            forward, reverse = Geometries(path, args.device), Geometries(path, args.device, backwards=True)
-        else:
-            estimated = partial(estimate_clip, pi3x, network, pixels=recipe.geometry_pixels, folder=args.out)
-            forward, reverse = (Geometries(estimated(images), args.device) for images in (each, each.flip(0)))
-        clips.append(Clip(add_trigger(source.prompt), each, forward, reverse))
-        print(f"{source.video}: {len(each)} frames, prompt {clips[-1].prompt!r}, geometry {forward.path.name},"
-              f" camera: {describe(CameraPath(forward.c2w))}")
-    return clips
+def check(args: argparse.Namespace) -> Job:
+    """What can be said of the words alone."""
+    check_device(args.device)
+    check_weights(args.weights)
+    index, schedule = read_index(args.weights), load_schedule(args.weights)
+    recipe = parse_settings([*index.train, *args.set], Recipe())
+    sources = read_sources(args.video, args.prompt)
+    if args.memory == "stream" and not recipe.checkpointing:
+        raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks once more")
+    size, multiple = index.size if args.size is None else parse_size(args.size), size_multiple(schedule)
+    if any(side % multiple for side in size):
+        raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
+    if not set(recipe.stages) <= set(range(schedule.stages)) or not recipe.stages:
+        raise ValueError(f"--set stages={recipe.stages}: {args.weights} has stages 0 to {schedule.stages - 1}")
+    if not len(args.poses) == len(args.depth) in (0, len(sources)):
+        raise ValueError(f"{len(args.poses)} --poses and {len(args.depth)} --depth: expected one of each for each of the"
+                         f" {len(sources)} videos, or none")
+    return Job(recipe, size, sources, index)
 
 
-def draw_sample(models: Models, prompts: Prompts, trainer: Trainer, clip: Clip, weights: Path, path: Path) -> None:
+def describe_run(args: argparse.Namespace, job: Job, clips: list[Clip]) -> dict:
+    """What the LoRA depends on; weights and frames by what they hold."""
+    data = [{"video": source.video.name, "prompt": source.prompt, "geometry": clip.forward.path.name}
+            for source, clip in zip(job.sources, clips)]  # the geometry's name stands for the frames too
+    weights = {part: fingerprint(args.weights / part) for part in ("transformer", "vae", "text_encoder")}
+    return {"base": args.weights.resolve().name, "weights": weights, "fp8": args.memory == "fp8", "size": job.size,
+            "clips": data, "recipe": asdict(job.recipe)}
+
+
+def caption(clip: Clip, case: Case) -> str:
+    """Of a clip as the case shows it: in other colours its own words would be wrong."""
+    return add_trigger("") if case.recoloured else clip.prompt
+
+
+def draw_sample(models: Models[Helios], prompts: Prompts, trainer: Trainer, clip: Clip, job: Job,
+                weights: Path, path: Path) -> None:
     """A contact sheet of what the LoRA makes of the clip's first frame and its own camera, with a fixed seed."""
-    size, generator = tuple(clip.frames.shape[2:]), torch.Generator().manual_seed(trainer.recipe.seed)
-    camera = Camera(clip.forward[0], size, unit=1.0)  # the poses are in the geometry's own unit
-    rollout = Rollout(models, prompts, size, generator, image=clip.pixels(0)[:, :, 0], camera=camera, lora=trainer.lora,
-                      options=load_options(weights))
+    generator = torch.Generator().manual_seed(trainer.recipe.seed)
+    camera = Camera(clip.forward[0], job.size, unit=1.0)  # the poses are in the geometry's own unit
+    rollout = Rollout(models, prompts, job.size, generator, image=clip.pixels(0)[:, :, 0], camera=camera,
+                      lora=trainer.lora, options=model_options(weights))
     chunk = rollout.next(poses=clip.forward.c2w[:WINDOW])
     models.transformer.set_lora(trainer.lora)
     rows = {"video": clip.pixels(*range(WINDOW)), "warp": chunk.warp.frames, f"step {trainer.steps}": chunk.frames}
-    with media.replacing({"sheet": path}, []) as files:
-        media.save_png(files["sheet"], media.contact_sheet({name: to_frames(x / 2 + 0.5) for name, x in rows.items()}))
+    save_png(path, contact_sheet({name: to_frames(video / 2 + 0.5) for name, video in rows.items()}))
 
 
 def report(trainer: Trainer, steps: int, device: str) -> None:
@@ -209,48 +308,15 @@ def report(trainer: Trainer, steps: int, device: str) -> None:
           f" gradients of activations), peak {peak_memory(device)}")
 
 
-def check(args: argparse.Namespace) -> tuple[Recipe, tuple[int, int], list[Source]]:
-    """What can be said of the words alone."""
-    check_place(args.device, args.weights)
-    recipe = parse_recipe([*read_json(args.weights / "model_index.json").get("train", []), *args.set])
-    sources = read_sources(args.video, args.prompt)
-    if args.memory == "stream" and not recipe.checkpointing:
-        raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks once more")
-    schedule = load_schedule(args.weights)
-    size, multiple = native_size(args.weights) if args.size is None else parse_size(args.size), size_multiple(schedule)
-    if any(side % multiple for side in size):
-        raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
-    if not set(recipe.stages) <= set(range(schedule.stages)) or not recipe.stages:
-        raise ValueError(f"--set stages={recipe.stages}: {args.weights} has stages 0 to {schedule.stages - 1}")
-    if not len(args.poses) == len(args.depth) in (0, len(sources)):
-        raise ValueError(f"{len(args.poses)} --poses and {len(args.depth)} --depth: expected one of each for each of the"
-                         f" {len(sources)} videos, or none")
-    return recipe, size, sources
-
-
-def train(args: argparse.Namespace) -> None:
-    recipe, size, sources = check(args)
-    run = Run(args.out)
-    run.check(args.resume, args.overwrite)
-    clips = load_clips(args, sources, size, recipe)
-    wanted = {clip.prompt for clip in clips} | ({sources[0].prompt, NEGATIVE_PROMPT} if recipe.sample_every else set())
-    embeddings = embed_prompts(args.weights, wanted, args.device, args.memory)
-    models = load_models(args.weights, args.device, args.memory)
-    trainer = Trainer(models.transformer, models.schedule, recipe)
-    conditions = Conditions(models.vae, clips, size, recipe, recipe.cache, args.device)
-    data = [{"video": source.video.name, "prompt": source.prompt, "geometry": clip.forward.path.name}
-            for source, clip in zip(sources, clips)]  # the geometry's name stands for the frames too
-    about = {"base": args.weights.resolve().name, "fp8": args.memory == "fp8", "size": size, "clips": data,
-             "recipe": asdict(recipe)}
-    run.begin(about, trainer, args.resume)
-    text_of = lru_cache(1)(lambda prompt: models.transformer.text(embeddings[prompt]))  # 0.4 GB in the released model
-    began, clock = trainer.steps, trainer.clock
-    order = islice(item_order(len(clips), recipe.seed), began, recipe.steps)
-    with deferred_interrupt() as stop, tqdm(total=recipe.steps, initial=began, unit="step") as bar:
+def fit(trainer: Trainer, run: Run, clips: list[Clip], conditions: Conditions, text_of, draw) -> None:
+    """Steps from where the trainer is to the end, or to Ctrl-C; saves as the recipe says."""
+    recipe, clock = trainer.recipe, trainer.clock
+    order = islice(item_order(len(clips), recipe.seed), trainer.steps, recipe.steps)
+    with deferred_interrupt() as stop, tqdm(total=recipe.steps, initial=trainer.steps, unit="step") as bar:
         clock.start()
         for index in order:
             case = draw_case(recipe, len(clips[index].frames), f"online_{index:06d}", trainer.steps + 1)
-            condition, text = conditions(index, case), text_of(clips[index].prompt)
+            condition, text = conditions(index, case), text_of(caption(clips[index], case))
             history = build_history(condition, recipe, trainer.generator)
             clock.lap("data")
             try:
@@ -261,25 +327,54 @@ def train(args: argparse.Namespace) -> None:
             bar.set_postfix(loss=f"{metrics['loss']:.4f}", grad_norm=f"{metrics['grad_norm']:.3f}", refresh=False)
             bar.update()
             if trainer.steps % recipe.save_every == 0 or trainer.steps == recipe.steps or stop.is_set():
-                run.save(trainer)
+                run.save(trainer.steps, trainer.state(), *trainer.result())
             if recipe.sample_every and trainer.steps % recipe.sample_every == 0:
-                prompts = Prompts(*(embeddings[each] for each in (sources[0].prompt, clips[0].prompt, NEGATIVE_PROMPT)))
-                sheet = args.out / f"sample_{trainer.steps:06d}.png"
-                draw_sample(models, prompts, trainer, clips[0], args.weights, sheet)
+                with run.sheet(trainer.steps) as path:
+                    draw(path)
             clock.lap("saving")
             if stop.is_set():
                 break
+
+
+def train(args: argparse.Namespace) -> None:
+    job = check(args)
+    recipe = job.recipe
+    run = Run(args.out, FREE)
+    run.check(args.resume, args.overwrite)
+    pi3x = find_pi3x(args.geometry, args.weights)
+    known = list(zip(args.poses, args.depth))
+    clips = load_clips(job.sources, known, pi3x, args.geometry is not None, job.size, recipe.geometry_pixels, args.out,
+                       args.device)
+    wanted = {clip.prompt for clip in clips} | {add_trigger("")}
+    if recipe.sample_every:
+        wanted |= {job.sources[0].prompt, NEGATIVE_PROMPT}
+    embeddings = embed_prompts(args.weights, wanted, args.device, args.memory)
+    models = load_models(Helios, args.weights, args.device, args.memory)
+    trainer = Trainer(models.transformer, models.schedule, recipe)
+    conditions = Conditions(models.vae, clips, job.size, recipe, recipe.cache, args.device)
+    about = describe_run(args, job, clips)
+    if args.resume:
+        trainer.restore(run.state, run.resume(about))
+    else:
+        run.begin(about)
+    began = trainer.steps
+    text_of = lru_cache(1)(lambda prompt: models.transformer.text(embeddings[prompt]))  # 0.4 GB in the released model
+
+    def draw(path: Path) -> None:
+        prompts = Prompts(*(embeddings[each] for each in (job.sources[0].prompt, clips[0].prompt, NEGATIVE_PROMPT)))
+        draw_sample(models, prompts, trainer, clips[0], job, args.weights, path)
+
+    fit(trainer, run, clips, conditions, text_of, draw)
     if trainer.steps > began:
         report(trainer, trainer.steps - began, args.device)
     if trainer.steps < recipe.steps:
         words = [word for word in args.words if word not in ("--resume", "--overwrite")]
         print("stopped; to go on: python train.py", shlex.join([*words, "--resume"]))
-    print(f"{trainer.steps} steps; wrote", *run.files.values())
+    print(f"{trainer.steps} steps; wrote", *run.files)
 
 
-def main(argv: list[str] | None = None) -> int:
-    about = "Train a LoRA that makes Helios follow a camera, on one video or a few."
-    parser = argparse.ArgumentParser("train.py", usage=argparse.SUPPRESS, description=about)  # one line an error
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = Parser("train.py", "Train a LoRA that makes Helios follow a camera, on one video or a few.", Recipe())
     parser.add_argument("--video", action="append", required=True, help="mp4, folder of frames, or a name in data/;"
                         " repeat it for several, or give a csv with the columns video and prompt")
     parser.add_argument("--prompt", action="append", default=[], help="what a video shows; for each, or once for all")
@@ -294,16 +389,16 @@ def main(argv: list[str] | None = None) -> int:
                         help="its camera, a pose for each frame in the unit of the depths")
     parser.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder of the run")
     parser.add_argument("--size", help="HEIGHTxWIDTH, multiples of 64 (default: the model's own, officially 384x640)")
-    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE",
-                        help="numbers of the recipe, such as steps=500 rank=16 lr=2e-4; Recipe in trainer.py has all")
     going = parser.add_mutually_exclusive_group()
     going.add_argument("--resume", action="store_true", help="go on where the run in --out was saved")
     going.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
     parser.add_argument("--memory", choices=MEMORY, default="full", help="how the weights are held, as in sample.py")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args(argv)
-    args.words = sys.argv[1:] if argv is None else argv
-    return run_program("train.py", train, args)
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    return argparse.Namespace(**vars(parser.parse_args(words)), words=words)
+
+
+def main(words: list[str] | None = None) -> int:
+    return run_program("train.py", train, parse(sys.argv[1:] if words is None else words))
 
 
 if __name__ == "__main__":

@@ -1,45 +1,99 @@
 """Warp-as-History: a camera path as pseudo-history of a frozen video model, and the chunk-by-chunk rollout.
 
-The method (paper section 3) is `Rollout.warp_history`: the warp of the first frame along the path is encoded like any
-history and appended to the short band; its rotary time indices are those of the target latents; its tokens without a visible
-source are dropped. Only the first pyramid stage sees it, and only there are the LoRA and the trigger word active; later
-stages are plain Helios, and without a warp the whole run is (text, image or video to video).
+The method (paper section 3) is `pseudo_history`: the warp of the first frame along the path is encoded like any history
+and appended to a band of it; its rotary time indices are those of the target latents; its tokens without a visible source
+are dropped. Only the first pyramid stage sees it, and only there are the LoRA and the trigger word active; later stages
+are plain Helios, and without a warp the whole run is (text, image or video to video).
 
-A chunk is 9 latent frames = 33 video frames. Latents are [1, 16, T, H/8, W/8], normalised; all randomness comes from one
+A chunk is 9 latent frames = 33 video frames. Latents are [1, C, T, H/8, W/8], normalised; all randomness comes from one
 CPU generator in the official order, so that a seed means the same video everywhere. Reproduced: the official pipeline's
 results and its quirks where marked; not its repeated normalisation of the warp, and not its drifting LoRA weights.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
-import media
-from camera import WINDOW, hold, normalize, scale_translation
-from checkpoint import Lora, load, network_dtype, read_json
-from flow import Schedule, Velocity, guide, load_schedule, sample
-from memory import Memory
+from files.settings import require
+from geometry.camera import WINDOW
+from helios.flow import Velocity, guide, load_schedule, sample
+from helios.index import read_index
+from helios.load import Models, Prompts, size_multiple
+from helios.lora import Lora
+from memory import Camera, Memory
 from model import Band, Helios, History
-from render import Geometry, Warp, median_depth, render
-from stream import load_streamed
-from text import Tokenizer, UMT5Encoder, encode_prompt
-from vae import VAE
+from render import Warp, resize_volume
 
 CHUNK = 9  # latent frames
 BANDS = (16, 2, 1)  # native history: latent frames of the long, mid and short band
 FIRST_TARGET = 1 + sum(BANDS)  # time index of a chunk's first latent; 0 is the prefix (the first frame)
-TRIGGER = "camctl23x."
-NEGATIVE_PROMPT = (  # of the guided models; the one that Wan and Helios were tuned with
-    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall gray,"
-    " worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, poorly"
-    " drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three legs, many"
-    " people in the background, walking backwards")
+
+
+# ---------------------------------------------------------------------------------------------------------- the method
+
+
+def pseudo_history(first: Tensor, previous: Tensor, bands: tuple[int, int, int] = BANDS, warp: Tensor | None = None,
+                   visible: Tensor | None = None, *, start: int = FIRST_TARGET, target: Tensor | None = None,
+                   warp_time: Tensor | None = None, drop: bool = True, threshold: float = 0.1) -> History:
+    """What the network sees beside the noisy target: first frame, previous latents and, as if it were history, the warp.
+
+    first [B, C, 1, h, w]; previous [B, C, n, h, w], the latest n latents (n at most the sum of `bands`, the latent frames
+    of the long, mid and short band); warp [B, C, 9, h, w] with its visibility [1, 1, 9, h, w], or None: native history.
+    `start` is the time index that follows the previous ones; `target` are the target's indices [9], by default from there
+    on; `warp_time` those of the warp [9], by default the target's, which is what aligns them.
+    """
+    total, device = sum(bands), first.device
+    if target is None:
+        target = torch.arange(start, start + CHUNK, device=device)
+
+    # (1) History patchification: latents of the past, right-aligned after zeros, in the three bands of the native model,
+    # and the warp behind those of the short band, where it goes through the same patch embedding at full detail.
+    blank = previous.new_zeros(*previous.shape[:2], total - previous.shape[2], *previous.shape[3:])
+    window = torch.cat([blank, previous], dim=2)
+    long, mid, short = window.split(bands, dim=2)
+
+    # (2) Target-aligned time indices: the first frame is 0, the past precedes the target, and the warp has its indices.
+    time_long, time_mid, time_short = torch.arange(start - total, start, device=device).split(bands)
+    time_first = torch.zeros(1, dtype=torch.long, device=device)
+
+    # (3) Visible-token selection: blank frames and what the warp doesn't show are invisible; such tokens are dropped.
+    seen = torch.cat([torch.zeros_like(blank[:1, :1]), torch.ones_like(previous[:1, :1])], dim=2)
+    seen_long, seen_mid, seen_short = seen.split(bands, dim=2)
+    seen_first = torch.ones_like(first[:1, :1])
+
+    def band(*parts: tuple[Tensor, Tensor, Tensor]) -> Band | None:
+        latents, time, shown = zip(*parts)
+        dropping = torch.cat(shown, dim=2) if drop else None
+        return Band(torch.cat(latents, dim=2), torch.cat(time), dropping) if sum(map(len, time)) else None
+
+    led = [] if warp is None else [(warp, target if warp_time is None else warp_time, visible)]
+    return History(
+        short=band((first, time_first, seen_first), (short, time_short, seen_short), *led),
+        mid=band((mid, time_mid, seen_mid)), long=band((long, time_long, seen_long)),
+        indices=target, threshold=threshold)
+
+
+def mask_latents(visible: Tensor, frames: int = CHUNK) -> Tensor:
+    """Visibility [1, 1, T, H, W] of a chunk on the latent grid: that of every fourth frame, [1, 1, frames, H/8, W/8]."""
+    index = torch.arange(0, 4 * frames, 4, device=visible.device).clamp(max=visible.shape[2] - 1)
+    height, width = visible.shape[3:]
+    return resize_volume(visible[:, :, index], torch.Size((frames, height // 8, width // 8))).clamp(0, 1)
+
+
+def add_noise(latents: Tensor, sigma: tuple[float, float], generator: torch.Generator, each_frame: bool) -> Tensor:
+    """Latents [B, C, T, h, w] with a share of noise drawn from the range `sigma`, one for all frames or one each."""
+    low, high = sigma
+    share = torch.rand(latents.shape[2] if each_frame else 1, generator=generator) * (high - low) + low
+    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+    share = share.to(latents.device).view(1, 1, -1, 1, 1)
+    return share * noise + (1 - share) * latents
+
+
+# ------------------------------------------------------------------------------------------------------------- options
 
 
 @dataclass(frozen=True)
@@ -61,166 +115,42 @@ class Options:
     video_noise: bool = True
     previous: tuple[int, int, int] = BANDS  # latent frames of earlier chunks beside the warp: long, mid, short
     mask_lag: bool = True  # kept for parity: after chunk 0 an official mask runs one frame ahead of its warp
+    restart: bool = False  # the first latent that continues a video is overwritten with the video's first, as officially
+
+    def __post_init__(self):
+        sigmas = (*self.warp_sigma, *self.image_sigma)
+        require(
+            self,
+            ("steps", min(self.steps, default=0) >= 1, "numbers of at least 1"),
+            ("guidance", 0 <= self.guidance <= 1000, "from 0 to 1000"),
+            ("zero_steps", self.zero_steps is None or self.zero_steps >= 0, "at least 0, or none"),
+            ("threshold", 0 <= self.threshold <= 1, "from 0 to 1"),
+            ("warp_sigma image_sigma", 0 <= min(sigmas) <= max(sigmas) <= 1, "two numbers from 0 to 1"),
+            ("previous", min(self.previous) >= 0, "no negative numbers"),
+        )
 
 
-@dataclass(frozen=True)
-class Models:
-    transformer: Helios
-    vae: VAE
-    schedule: Schedule
+O = TypeVar("O", bound=Options)
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """Embeddings [1, 512, text_dim] (fewer rows if the model was made for fewer)."""
-
-    plain: Tensor
-    trigger: Tensor | None = None  # for the LoRA's stage
-    negative: Tensor | None = None  # for guidance above 1
-
-
-def load_options(weights: Path) -> Options:
-    """The official settings of the kind of checkpoint that model_index.json describes; a small model's may also say
-    `num_inference_steps` (a stage) and `guidance_scale` (and more, see weights/README.md)."""
-    index, stages = read_json(weights / "model_index.json"), load_schedule(weights).stages
-    distilled = index.get("is_distilled", False)
-    steps = index.get("num_inference_steps", 2 if distilled else 20 if stages > 1 else 50)
-    return Options(steps=(steps,) * stages, guidance=index.get("guidance_scale", 1.0 if distilled else 5.0),
-                   zero_star=not distilled and index.get("is_cfg_zero_star", False))
+def model_options(weights: Path, defaults: O = Options()) -> O:
+    """The `defaults` with the official settings of the kind of checkpoint that `weights` holds, or a small model's own."""
+    index, stages = read_index(weights), load_schedule(weights).stages
+    steps = index.num_inference_steps or (2 if index.is_distilled else 20 if stages > 1 else 50)
+    guidance = index.guidance_scale
+    if guidance is None:
+        guidance = 1.0 if index.is_distilled else 5.0
+    zero_star = index.is_cfg_zero_star and not index.is_distilled
+    return replace(defaults, steps=(steps,) * stages, guidance=guidance, zero_star=zero_star)
 
 
-def native_size(weights: Path) -> tuple[int, int]:
-    """Height and width that a model was made for."""
-    index = read_json(weights / "model_index.json")
-    return index.get("height", 384), index.get("width", 640)
-
-
-MEMORY = ("full", "fp8", "stream")  # how weights are held
-
-
-def load_text_encoder(weights: Path, device: torch.device | str, memory: str = "full") -> UMT5Encoder:
-    """The text encoder in the device's network dtype; it streams with the transformer, and else is never quantized."""
-    place = weights / "text_encoder", device, network_dtype(device)
-    return load_streamed(UMT5Encoder, *place, blocks="encoder.block") if memory == "stream" else load(UMT5Encoder, *place)
-
-
-def load_models(weights: Path, device: torch.device | str, memory: str = "full") -> Models:
-    """Transformer in the device's network dtype, VAE in fp32. In the transformer's blocks lies all but 4 % of the memory that
-    weights need: "full" holds them, "fp8" holds them quantized (`checkpoint.quantize`), "stream" fetches them (stream.py)."""
-    schedule = load_schedule(weights)
-    vae = load(VAE, weights / "vae", device)
-    place = weights / "transformer", device, network_dtype(device)
-    if memory == "stream":
-        transformer = load_streamed(Helios, *place, blocks="blocks", entries=("attn2.to_k",))  # for `Helios.text`
-    else:
-        transformer = load(Helios, *place, fp8=Helios.fp8 if memory == "fp8" else ())
-    return Models(transformer, vae, schedule)
-
-
-def add_trigger(prompt: str) -> str:
-    """The prompt of the LoRA's stage; one that has the trigger already stays."""
-    prompt = prompt.strip()
-    return prompt if prompt.startswith(TRIGGER) else f"{TRIGGER} {prompt}".strip()
-
-
-def embed_prompts(weights: Path, prompts: Iterable[str], device: torch.device | str,
-                  memory: str = "full") -> dict[str, Tensor]:
-    """Load the text encoder, embed every prompt, and let it go again, before anything else needs the memory."""
-    tokenizer = Tokenizer(weights / "tokenizer")
-    encoder = load_text_encoder(weights, device, memory)
-    rows = read_json(weights / "model_index.json").get("max_sequence_length", 512)
-    return {prompt: encode_prompt(tokenizer, encoder, prompt, rows) for prompt in prompts}
-
-
-def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device: torch.device | str,
-                   memory: str = "full", negative: str = NEGATIVE_PROMPT) -> Prompts:
-    """What one run needs of the text encoder."""
-    wanted = prompt, add_trigger(prompt) if lora else None, negative if guided else None
-    embedded = embed_prompts(weights, filter(lambda each: each is not None, wanted), device, memory)
-    return Prompts(*map(embedded.get, wanted))
-
-
-def size_multiple(schedule: Schedule) -> int:
-    """Height and width must be multiples of this: the first stage's latents have to fill whole patches of 2."""
-    return 8 * 2 * 2 ** (schedule.stages - 1)
-
-
-# -------------------------------------------------------------------------------------------------------------- warps
-
-
-def make_warp(frames: np.ndarray, mask: np.ndarray | None, size: tuple[int, int]) -> Warp:
-    """A warp from pictures: `frames` [T, h, w, 3] uint8; `mask` [T', h', w'] in 0..1, None for all visible. Resized as the
-    official code does it: frames with Pillow's bilinear filter, the mask trilinearly, so also in time."""
-    video = rearrange(torch.from_numpy(media.resize_frames(frames, size)), "t h w c -> 1 c t h w") / 255 * 2 - 1
-    if mask is None:
-        return Warp(video, torch.ones_like(video[:, :1]))
-    return Warp(video, resize_volume(torch.from_numpy(mask).float()[None, None], video.shape[2:]))
-
-
-def resize_volume(x: Tensor, size: torch.Size) -> Tensor:
-    return x if x.shape[2:] == size else F.interpolate(x, size, mode="trilinear", align_corners=False)
-
-
-def mask_latents(visible: Tensor, frames: int = CHUNK) -> Tensor:
-    """Visibility [1, 1, T, H, W] of a chunk on the latent grid: that of every fourth frame, [1, 1, frames, H/8, W/8]."""
-    index = torch.arange(0, 4 * frames, 4, device=visible.device).clamp(max=visible.shape[2] - 1)
-    height, width = visible.shape[3:]
-    return resize_volume(visible[:, :, index], torch.Size((frames, height // 8, width // 8))).clamp(0, 1)
-
-
-def add_noise(latents: Tensor, sigma: tuple[float, float], generator: torch.Generator, each_frame: bool) -> Tensor:
-    """Latents [B, C, T, h, w] with a share of noise drawn from the range `sigma`, one for all frames or one each."""
-    low, high = sigma
-    share = torch.rand(latents.shape[2] if each_frame else 1, generator=generator) * (high - low) + low
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    share = share.to(latents.device).view(1, 1, -1, 1, 1)
-    return share * noise + (1 - share) * latents
-
-
-class Camera:
-    """The camera of one rollout, whose geometry is given and stays: the first frame's, for all chunks.
-
-    `memory.Memory` is the other kind, which estimates geometry anew from what has been generated.
-    """
-
-    def __init__(self, geometry: Geometry, size: tuple[int, int], unit: float | None = None):
-        """unit: length of a path's unit in the geometry's; officially a tenth of the first frame's median depth."""
-        self.geometry, self.size = geometry, size
-        self.unit = 0.1 * median_depth(geometry) if unit is None else unit
-        self.first: Tensor | None = None  # pose of the picture's own camera: the first of all
-
-    @property
-    def begun(self) -> bool:
-        return self.first is not None
-
-    def warp(self, poses: Tensor) -> Warp:
-        """The chunk's views from `poses` [33, 4, 4], camera-to-world; if there are fewer, the last one holds."""
-        poses = scale_translation(hold(poses), self.unit)
-        if self.first is None:
-            self.first = poses[:1]
-            return render(self.geometry, normalize(poses, WINDOW), self.size)
-        # The renderer's first frame is always the picture itself: it is put in front and taken off again.
-        warp = render(self.geometry, normalize(torch.cat([self.first, poses]), WINDOW + 1), self.size)
-        return Warp(warp.frames[:, :, 1:], warp.visible[:, :, 1:])
-
-    def remember(self, frame: Tensor) -> None:
-        """The last frame of a chunk teaches nothing."""
-
-    def state(self) -> dict[str, Tensor]:
-        return {} if self.first is None else {"first": self.first}
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Go on from a `state`, with the same geometry."""
-        self.first = state.get("first")
-
-
-# ------------------------------------------------------------------------------------------------------------ rollout
+# ------------------------------------------------------------------------------------------------------------- rollout
 
 
 @dataclass(frozen=True)
 class Chunk:
     frames: Tensor  # [1, 3, 33, H, W] in [-1, 1]
-    latents: Tensor  # [1, 16, 9, H/8, W/8]
+    latents: Tensor  # [1, C, 9, H/8, W/8]
     warp: Warp | None  # what led it
 
 
@@ -234,7 +164,7 @@ class Rollout:
     latent output puts them in front): the fake latent of an image, or those of a video.
     """
 
-    def __init__(self, models: Models, prompts: Prompts, size: tuple[int, int], generator: torch.Generator,
+    def __init__(self, models: Models[Helios], prompts: Prompts, size: tuple[int, int], generator: torch.Generator,
                  image: Tensor | None = None, video: Tensor | None = None, camera: Camera | Memory | None = None,
                  lora: Lora | None = None, options: Options = Options(),
                  on_step: Callable[[int, int, int], None] | None = None):
@@ -243,8 +173,8 @@ class Rollout:
         multiple = size_multiple(models.schedule)
         if any(side % multiple or side <= 0 for side in size):
             raise ValueError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
-        if len(options.steps) != models.schedule.stages or min(options.steps) < 1:
-            raise ValueError(f"steps {options.steps}: expected {models.schedule.stages} numbers of at least 1, one a stage")
+        if len(options.steps) != models.schedule.stages:
+            raise ValueError(f"steps {options.steps}: expected {models.schedule.stages} numbers, one a stage")
         if camera is not None and camera.begun:
             raise ValueError("this camera has been used: each rollout needs its own")
         if lora is not None and prompts.trigger is None:
@@ -252,9 +182,11 @@ class Rollout:
         models.transformer.set_lora(lora)  # a LoRA of another model is refused here, before any work
         models.transformer.set_lora(None)
         self.models, self.prompts, self.camera, self.lora, self.options = models, prompts, camera, lora, options
-        self.generator, self.on_step = generator, on_step or (lambda chunk, stage, step: None)
+        self.generator = generator
+        self.on_step = on_step or (lambda chunk, stage, step: None)
         self.device = models.transformer.proj_out.weight.device
-        self.size, self.latent_size = size, (size[0] // 8, size[1] // 8)
+        self.size = size
+        self.latent_shape = models.transformer.config.in_channels, size[0] // 8, size[1] // 8
         self.chunk = 0
         self.flops = 0  # of the transformer, so far
         self.first_frame: Tensor | None = None  # clean latent that replaces the first one generated
@@ -262,7 +194,7 @@ class Rollout:
         self.noisy_prefix: Tensor | None = None  # the same for the warp's stage
         self.given = self.zeros(0)
         self.earlier = self.zeros(0)  # generated latents, as many as the warp's stage may look at
-        self.text_cache: dict[str, list] = {}
+        self.text_cache: dict[tuple[str, bool], list] = {}
         if image is not None:
             self.start_from_image(image.to(self.device))
         elif video is not None:
@@ -272,13 +204,14 @@ class Rollout:
     # ---- random draws, all on the CPU and in the official order
 
     def normal(self, frames: int) -> Tensor:
-        return torch.randn(1, 16, frames, *self.latent_size, generator=self.generator).to(self.device)
+        channels, height, width = self.latent_shape
+        return torch.randn(1, channels, frames, height, width, generator=self.generator).to(self.device)
 
     def noised(self, latents: Tensor, sigma: tuple[float, float], each_frame: bool = False) -> Tensor:
         return add_noise(latents, sigma, self.generator, each_frame)
 
     def encode(self, video: Tensor) -> Tensor:
-        """Normalised posterior sample of a video [1, 3, 1 + 4k, H, W]: [1, 16, 1 + k, h, w]."""
+        """Normalised posterior sample of a video [1, 3, 1 + 4k, H, W]: [1, C, 1 + k, h, w]."""
         if tuple(video.shape[-2:]) != self.size:
             raise ValueError(f"frames of {video.shape[-2]}x{video.shape[-1]}, expected {self.size[0]}x{self.size[1]}")
         vae = self.models.vae
@@ -286,7 +219,8 @@ class Rollout:
         return vae.normalize(vae.sample(mean, logvar, self.normal(mean.shape[2])))
 
     def zeros(self, frames: int) -> Tensor:
-        return torch.zeros(1, 16, frames, *self.latent_size, device=self.device)
+        channels, height, width = self.latent_shape
+        return torch.zeros(1, channels, frames, height, width, device=self.device)
 
     # ---- before the first chunk
 
@@ -304,7 +238,8 @@ class Rollout:
         count = video.shape[2] // WINDOW
         if count == 0:
             raise ValueError(f"a video to continue needs at least {WINDOW} frames, this one has {video.shape[2]}")
-        self.first_frame = self.prefix = self.encode(video[:, :, :1])
+        self.prefix = first = self.encode(video[:, :, :1])
+        self.first_frame = first if self.options.restart else None
         chunks = [self.encode(chunk) for chunk in video[:, :, -count * WINDOW:].split(WINDOW, dim=2)]
         if self.options.video_noise:
             self.prefix = self.noised(self.prefix, self.options.image_sigma)
@@ -313,16 +248,10 @@ class Rollout:
 
     # ---- histories
 
-    def indices(self, start: int, count: int) -> Tensor:
-        return torch.arange(start, start + count, device=self.device)
-
     def native_history(self) -> History:
-        """What plain Helios sees: the first frame and the last 19 latents, without gaps in time."""
-        long, mid, short = self.native.split(BANDS, dim=2)
-        prefix = self.zeros(1) if self.prefix is None else self.prefix
-        time_long, time_mid, time_short, target = self.indices(1, sum(BANDS) + CHUNK).split([*BANDS, CHUNK])
-        return History(short=Band(torch.cat([prefix, short], dim=2), torch.cat([self.indices(0, 1), time_short])),
-                       mid=Band(mid, time_mid), long=Band(long, time_long), indices=target)
+        """What plain Helios sees: the first frame and the last 19 latents, all of their tokens."""
+        first = self.zeros(1) if self.prefix is None else self.prefix
+        return pseudo_history(first, self.native, drop=False)
 
     def warp_latents(self, warp: Warp) -> tuple[Tensor, Tensor]:
         """Latents and latent visibility of a chunk's warp of 33 frames, or of 34 whose first is the frame before."""
@@ -336,58 +265,43 @@ class Rollout:
         visible = warp.visible if self.options.mask_lag else warp.visible[:, :, -WINDOW:]
         return latents, mask_latents(visible.to(self.device))
 
-    def previous_window(self) -> tuple[Tensor, Tensor]:
-        """Latents [1, 16, n, h, w] just before the target and their visibility [1, 1, n, h, w]: what has been generated,
-        right-aligned after zeros that count as invisible.
-
-        Kept for parity: in chunk 0 it ends with the fake latent, which later chunks do not see (the native history does).
-        """
-        total, short = sum(self.options.previous), self.options.previous[2]
-        seen = self.native[:, :, -1:] if self.chunk == 0 and short else self.earlier
-        blank = self.zeros(total - seen.shape[2])
-        visible = torch.cat([blank[:, :1], torch.ones_like(seen[:, :1])], dim=2)
-        return torch.cat([blank, seen], dim=2), visible
-
     def warp_history(self, warp: Warp) -> History:
-        """The method: [first frame, previous latents, warp] as history, aligned with the target and without holes."""
+        """First frame, latents generated so far, and the warp, as `pseudo_history` under the options.
+
+        Kept for parity: in chunk 0 the fake latent is the past, which later chunks do not see (the native history does).
+        """
         options = self.options
         if self.prefix is None:
             raise ValueError("a warp needs the image (or video) that it was made from")
         if options.warp_noise and not options.image_noise and self.noisy_prefix is None:
             self.noisy_prefix = self.noised(self.prefix, options.warp_sigma)  # drawn once, for all chunks
-        prefix = self.prefix if self.noisy_prefix is None else self.noisy_prefix
-        warp_latents, warp_visible = self.warp_latents(warp)
-
-        window, visible = self.previous_window()
-        long, mid, short = window.split(options.previous, dim=2)
-        visible_long, visible_mid, visible_short = visible.split(options.previous, dim=2)
-        total = window.shape[2]
-        time_long, time_mid, time_short = self.indices(FIRST_TARGET - total, total).split(options.previous)
-        time_target = self.indices(FIRST_TARGET, CHUNK)
-
-        def band(latents: Tensor, indices: Tensor, visible: Tensor) -> Band | None:
-            return Band(latents, indices, visible if options.drop else None) if len(indices) else None
-
-        return History(
-            short=band(torch.cat([prefix, short, warp_latents], dim=2),
-                       torch.cat([self.indices(0, 1), time_short, time_target]),
-                       torch.cat([torch.ones_like(warp_visible[:, :, :1]), visible_short, warp_visible], dim=2)),
-            mid=band(mid, time_mid, visible_mid), long=band(long, time_long, visible_long),
-            indices=time_target if options.align else time_target + CHUNK, threshold=options.threshold)
+        first = self.prefix if self.noisy_prefix is None else self.noisy_prefix
+        latents, visible = self.warp_latents(warp)
+        previous = self.native[:, :, -1:] if self.chunk == 0 and options.previous[2] else self.earlier
+        time = torch.arange(FIRST_TARGET, FIRST_TARGET + CHUNK, device=self.device)
+        return pseudo_history(first, previous, options.previous, latents, visible, warp_time=time,
+                              target=time if options.align else time + CHUNK, drop=options.drop,
+                              threshold=options.threshold)
 
     # ---- a chunk
 
-    def text(self, name: str) -> list:
-        """Keys and values of a prompt, computed when first needed and kept for all chunks."""
-        if name not in self.text_cache:
-            self.text_cache[name] = self.models.transformer.text(getattr(self.prompts, name))
-        return self.text_cache[name]
+    def text(self, name: str, lora: bool) -> list:
+        """Keys and values of a prompt, computed when first needed and kept for all chunks: with a LoRA on the layers that
+        make them they are others, so they are kept apart."""
+        if (name, lora) not in self.text_cache:
+            self.text_cache[name, lora] = self.models.transformer.text(getattr(self.prompts, name))
+        return self.text_cache[name, lora]
 
-    def velocity_for(self, stage: int, shape: torch.Size, history: History, text: list) -> Velocity:
-        """The guided model of one stage, with all that stays the same over its steps prepared."""
+    def velocity_for(self, stage: int, shape: torch.Size, led: History | None, native: History) -> Velocity:
+        """The guided model of one stage, with all that stays the same over its steps prepared: led by the warp in the first
+        one, where alone the LoRA and its prompt are active."""
         options, transformer = self.options, self.models.transformer
-        context = transformer.context(history, shape[2:])
-        negative = self.text("negative") if options.guidance > 1 else None
+        leading = stage == 0 and led is not None
+        lora = self.lora if leading else None
+        transformer.set_lora(lora)
+        text = self.text("plain" if lora is None else "trigger", lora is not None)
+        negative = self.text("negative", lora is not None) if options.guidance > 1 else None
+        context = transformer.context(led if leading else native, shape[2:])
         cost = transformer.flops(context, text[0][0].shape[1]) * (1 if negative is None else 2)
         zeroed = options.zero_steps + 1 if options.zero_star and options.zero_steps is not None and stage == 0 else 0
 
@@ -407,33 +321,33 @@ class Rollout:
     @torch.no_grad()
     def next(self, poses: Tensor | None = None, warp: Warp | None = None) -> Chunk:
         """Generate 33 frames: along `poses` [T, 4, 4] (needs the camera; the last one holds if there are fewer than 33), led
-        by a `warp` that was made elsewhere ([1, 3, 33 or 34, H, W]), or, with neither, as plain Helios continues."""
-        if poses is not None:
-            if self.camera is None or warp is not None:
-                raise ValueError("poses need a camera, and no warp beside them")
-            warp = self.camera.warp(poses)
-        noise = self.normal(CHUNK)
-        native = self.native_history()
-        led = self.warp_history(warp) if warp is not None else None
-        transformer = self.models.transformer
+        by a `warp` that was made elsewhere ([1, 3, 33 or 34, H, W]), or, with neither, as plain Helios continues.
 
-        def velocity_for(stage: int, shape: torch.Size) -> Velocity:
-            if stage > 0 or led is None:
-                transformer.set_lora(None)
-                return self.velocity_for(stage, shape, native, self.text("plain"))
-            transformer.set_lora(self.lora)
-            return self.velocity_for(stage, shape, led, self.text("plain" if self.lora is None else "trigger"))
-
-        amplify = self.options.amplify_first_chunk and self.chunk == 0
-        latents = sample(velocity_for, noise, self.models.schedule, self.options.steps, self.generator, amplify)
-        transformer.set_lora(None)
-        return self.finish(latents, warp)
+        After an error the rollout is as it was before, so that a second try gives what the first would have."""
+        before = self.state()
+        try:
+            if poses is not None:
+                if self.camera is None or warp is not None:
+                    raise ValueError("poses need a camera, and no warp beside them")
+                warp = self.camera.warp(poses)
+            noise = self.normal(CHUNK)
+            native = self.native_history()
+            led = None if warp is None else self.warp_history(warp)
+            amplify = self.options.amplify_first_chunk and self.chunk == 0
+            latents = sample(lambda stage, shape: self.velocity_for(stage, shape, led, native), noise,
+                             self.models.schedule, self.options.steps, self.generator, amplify)
+            return self.finish(latents, warp)
+        except BaseException:
+            self.restore(before)
+            raise
+        finally:
+            self.models.transformer.set_lora(None)
 
     def finish(self, latents: Tensor, warp: Warp | None) -> Chunk:
         """Book the chunk's latents into both histories and decode them by themselves."""
         if self.chunk == 0 and self.first_frame is not None:
             latents = torch.cat([self.first_frame, latents[:, :, 1:]], dim=2)
-        elif self.chunk == 0:
+        elif self.prefix is None:
             self.prefix = latents[:, :, :1]
         self.native = torch.cat([self.native, latents], dim=2)[:, :, -sum(BANDS):]
         earlier = torch.cat([self.earlier, latents], dim=2)

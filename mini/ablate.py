@@ -30,17 +30,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-import media
-from camera import WINDOW, inverse
-from checkpoint import Lora, load_lora
+from files import draw
+from files.media import to_frames
+from geometry.camera import WINDOW, inverse
+from geometry.pi3x import Pi3X, load_pi3x
+from geometry.surface import ensure_valid, estimate, median_depth, transform, unproject
+from helios.index import read_index
+from helios.load import Models, Prompts, encode_prompts, load_models
+from helios.lora import Lora, load_lora
+from helios.vae import VAE
 from mini import world
 from mini.pretrain import HELD_OUT
 from mini.world import Clip, make_clip
-from output import to_frames
-from pi3x import Pi3X, load_pi3x
-from vae import VAE
-from render import Warp, ensure_valid, estimate, median_depth, render, transform, unproject
-from wah import Models, Options, Prompts, Rollout, encode_prompts, load_models, load_options, native_size
+from render import Warp, render
+from model import Helios
+from wah import Options, Rollout, model_options
 
 REGIONS = ("all", "visible", "invisible")
 NUDGE = torch.tensor([0.02, 0.02, 0.02, 0.06, 0.06, 0.06])  # radians and meters, for derivatives
@@ -240,11 +244,11 @@ def remember_encodings(vae: VAE) -> None:
 def judge(seed: int, args: argparse.Namespace) -> tuple[dict[str, list[dict]], dict[str, Tensor]]:
     """All measurements of a scene, and each variant's first video."""
     torch.set_num_threads(1)  # scenes run side by side
-    models, defaults = load_models(args.weights, "cpu"), load_options(args.weights)
+    models, defaults = load_models(Helios, args.weights, "cpu"), model_options(args.weights)
     remember_encodings(models.vae)
     geometry = args.weights / "Pi3X" / "model.safetensors"
     pi3x = load_pi3x(geometry) if geometry.is_file() else None
-    scene = make_scene(seed, pi3x, native_size(args.weights))
+    scene = make_scene(seed, pi3x, read_index(args.weights).size)
     prompts = encode_prompts(args.weights, scene.clip.caption, True, False, "cpu")
     loras = {path: load_lora(path) for path in args.lora}
 
@@ -264,7 +268,7 @@ def judge(seed: int, args: argparse.Namespace) -> tuple[dict[str, list[dict]], d
 
 
 def run(args: argparse.Namespace) -> None:
-    begin, size = time.perf_counter(), native_size(args.weights)
+    begin, size = time.perf_counter(), read_index(args.weights).size
     seeds = list(islice((seed for seed in count(HELD_OUT + 2000) if suits(seed, size)), args.scenes))
     with ProcessPoolExecutor(args.processes, get_context("spawn")) as pool:
         scenes = list(pool.map(partial(judge, args=args), seeds))
@@ -272,7 +276,7 @@ def run(args: argparse.Namespace) -> None:
     rows = {f"{number} {name}": to_frames(video / 2 + 0.5) for number, (_, videos) in enumerate(scenes[:4])
             for name, video in videos.items()}
     args.out.mkdir(parents=True, exist_ok=True)
-    media.save_png(args.out / "ablation.png", media.contact_sheet(rows, tile_width=96))
+    draw.save_png(args.out / "ablation.png", draw.contact_sheet(rows, tile_width=96))
     (args.out / "ablation.json").write_text(json.dumps(results, indent=1) + "\n")
     text = summary(results)
     (args.out / "ablation.md").write_text(text)

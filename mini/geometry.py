@@ -4,7 +4,7 @@
     python -m mini.geometry export                  # weights/mini/Pi3X/model.safetensors
     python -m mini.geometry evaluate                # these on 40 held-out scenes, as a table
 
-The network is that of pi3x.py and sees pictures as `render.estimate` shows them. Losses after Pi3 (arXiv 2507.13347),
+The network is that of pi3x.py and sees pictures as `surface.estimate` shows them. Losses after Pi3 (arXiv 2507.13347),
 on what the renderer reads: depth in the network's unit, which is to be a set's median depth, and this in meters (the
 metric branch); rays, which give the focal lengths; relative poses; confidence, low in the sky, so that the renderer
 drops it. Left out: Pi3's alignment of scale, as it is known here, and its loss on normals; `edges` is in its place.
@@ -22,19 +22,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import render
-from camera import WINDOW, inverse, scale_translation
+from geometry import surface
+from geometry.camera import WINDOW, inverse, scale_translation
+from geometry.pi3x import Branch, Pi3X, Pi3XConfig, Prediction, load_pi3x
+from geometry.surface import ensure_valid, estimate, geometry_from_depth, median_depth, resize
 from mini import world
 from mini.latents import SIZE
 from mini.pretrain import HELD_OUT, Recipe, averaged_weights, fit
-from pi3x import Branch, Pi3X, Pi3XConfig, Prediction, load_pi3x
-from render import ensure_valid, estimate, geometry_from_depth, median_depth, resize
 
 # Most of a step goes into the convolutional heads and most of the learning into the blocks: so the heads are narrow.
 CONFIG = Pi3XConfig(dim=192, grid=9, registers=1, specials=1, encoder_blocks=4, encoder_hidden=512, decoder_blocks=6,
                     decoder_hidden=512, point=Branch(128, 1, 256, 64), conf=Branch(64, 1, 128, 64),
                     camera=Branch(128, 1, 256, 64), metric=Branch(64, 1, 128, 64),
                     point_head=((32, 0), (16, 0), (8, 0)), conf_head=((16, 0), (8, 0)))
-INPUT = render.geometry_size(*SIZE, CONFIG.pixels)  # what the network sees of a video
+INPUT = surface.geometry_size(*SIZE, CONFIG.pixels)  # what the network sees of a video
 DRAWN = SIZE, SIZE, (SIZE[0] * 5 // 8, SIZE[1] * 5 // 8), INPUT  # generated pictures are blurred, others sharper
 PICTURES = 9  # in a step, at most
 HAZE = 40.0  # meters: what is as far cannot be told from the sky
@@ -52,7 +53,7 @@ class Views(NamedTuple):
 
 def stretched(fov_x: float, size: tuple[int, int]) -> Tensor:
     """[3,3] of a video's frame with this field of view in degrees that was resized to `size`."""
-    return render.stretch(render.pinhole(fov_x, *SIZE), SIZE, size)
+    return surface.stretch(surface.pinhole(fov_x, *SIZE), SIZE, size)
 
 
 def draw_views(seed: int, count: int) -> Views:
@@ -68,7 +69,7 @@ def draw_views(seed: int, count: int) -> Views:
     images = (images - 0.5) * rng.uniform(0.7, 1.3) + rng.uniform(0.35, 0.65)
     images = images + rng.uniform(0, 0.04) * torch.randn(images.shape, generator=generator)
     images = resize(images.clamp(0, 1), INPUT)
-    slopes = render.unproject(torch.ones(INPUT), K, torch.eye(4))[..., :2]
+    slopes = surface.unproject(torch.ones(INPUT), K, torch.eye(4))[..., :2]
     if rng.random() < 0.5:  # the slopes are symmetric
         mirror = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
         images, depth, c2w = images.flip(-1), depth.flip(-1), mirror @ c2w @ mirror
@@ -156,10 +157,10 @@ def judge(network: Pi3X, clip: world.Clip) -> dict[str, float]:
     image, truth, poses = true[:, :, 0], clip.depth[0], inverse(clip.c2w[0]) @ clip.c2w[::16]
     exact, guess = geometry_from_depth(image, truth, clip.K), ensure_valid(estimate(network, [image])[0])
     flat = torch.full_like(truth, median_depth(exact))
-    plane, blind = (geometry_from_depth(image, flat, K) for K in (clip.K, render.pinhole(55, *truth.shape)))
+    plane, blind = (geometry_from_depth(image, flat, K) for K in (clip.K, surface.pinhole(55, *truth.shape)))
     scaled = scale_translation(poses, median_depth(guess) / median_depth(exact))
     depth, confidence = (resize(x[None, None], truth.shape)[0, 0] for x in (guess.depth, guess.confidence))
-    known, kept = truth < HAZE, confidence > render.MIN_CONFIDENCE
+    known, kept = truth < HAZE, confidence > surface.MIN_CONFIDENCE
     ratio, focal = (depth / truth)[known], guess.K[0, 0] * truth.shape[1] / guess.depth.shape[1]
     errors = {"depth, in meters": (ratio - 1).abs().mean(), "depth": (ratio / ratio.median() - 1).abs().mean(),
               "focal length": (focal / clip.K[0, 0] - 1).abs(), "kept": kept[known].float().mean(),

@@ -18,7 +18,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from camera import WINDOW
+from geometry.camera import WINDOW
 from mini.world import make_clip
 
 CHUNKS, FRAMES = 3, 3 * WINDOW

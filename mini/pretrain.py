@@ -21,7 +21,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -33,14 +33,14 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from camera import WINDOW
-from flow import Schedule, training_item
+from geometry.camera import WINDOW
+from helios.flow import Schedule, training_item
+from helios.text import Tokenizer, UMT5Config, UMT5Encoder, encode_prompt
+from helios.vae import VAE, VAEConfig
 from mini.latents import SIZE, Codec, fit_codec, load_codec, load_parts, make_parts, save_codec, symmetries
 from mini.world import caption, make_clip, make_scene
-from model import Band, Helios, HeliosConfig, History
-from text import Tokenizer, UMT5Config, UMT5Encoder, encode_prompt
-from vae import VAE, VAEConfig
-from wah import BANDS, CHUNK, FIRST_TARGET
+from model import Helios, HeliosConfig, History
+from wah import BANDS, pseudo_history
 
 SCHEDULE = Schedule(sampler="euler", stages=1, stage_range=(0, 1))
 HELIOS = HeliosConfig(num_attention_heads=4, attention_head_dim=48, num_layers=6, ffn_dim=512, text_dim=64,
@@ -180,12 +180,9 @@ class Generator(nn.Module):
 
 
 def history(prefix: Tensor, native: Tensor, bands: bool) -> History:
-    """The bands of native Helios from the first latent [B, 16, 1, h, w] and the latest 19."""
-    long, mid, short = native.split(BANDS, dim=2)
-    time_long, time_mid, time_short, target = torch.arange(1, FIRST_TARGET + CHUNK).split([*BANDS, CHUNK])
-    time_short = torch.cat([torch.zeros(1, dtype=torch.long), time_short])
-    return History(short=Band(torch.cat([prefix, short], 2), time_short), mid=Band(mid, time_mid) if bands else None,
-                   long=Band(long, time_long) if bands else None, indices=target)
+    """That of native Helios from the first latent [B, 16, 1, h, w] and the latest 19; without `bands` of the short one alone."""
+    whole = pseudo_history(prefix, native, drop=False)
+    return whole if bands else replace(whole, mid=None, long=None)
 
 
 def draw_start(clip: Tensor, rng: Random, kind: str) -> tuple[Tensor, Tensor, Tensor]:

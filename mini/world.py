@@ -26,9 +26,10 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-import media
-from camera import homogeneous, move_path
-from render import pinhole
+from files.draw import save_png
+from files.video import write_video
+from geometry.camera import homogeneous, move_path
+from geometry.surface import pinhole
 
 COLORS = {  # hue, saturation, value
     "red": (0.00, 0.82, 0.82), "orange": (0.07, 0.85, 0.95), "yellow": (0.14, 0.78, 0.95), "green": (0.36, 0.70, 0.62),
@@ -616,7 +617,7 @@ def write_clip(folder: Path, name: str, make: Callable[[int, tuple[int, int]], C
     """A video, and its poses and depths (0: sky) as train.py finds them beside it; returns what it shows."""
     clip, depth = make(99, (192, 288)), make(99, (96, 144)).depth  # a quarter of the pixels: less to download
     depth = (depth.where(depth.isfinite(), 0) * 64).round() / 64  # compresses well, and thumbnails need no more
-    media.write_video(folder / f"{name}.mp4", clip.frames.numpy(), 16)
+    write_video(folder / f"{name}.mp4", clip.frames.numpy(), 16)
     np.savez_compressed(folder / f"{name}_depth.npz", depth.half().numpy())
     write_path(folder / f"{name}.json", math.degrees(2 * math.atan(clip.frames.shape[2] / 2 / clip.K[0, 0])), clip.c2w)
     return clip.caption
@@ -638,7 +639,7 @@ def write_demos(folder: Path) -> None:
         scene = make_scene(rng)
         c2w, fov_x = make_path(scene, rng, 66)[:1], round(rng.uniform(50, 80), 2)
         frames, depth = render(scene, c2w, pinhole(fov_x, 256, 384), (256, 384), samples=4)
-        media.save_png(folder / f"{name}.png", frames[0].numpy())
+        save_png(folder / f"{name}.png", frames[0].numpy())
         millimeters = torch.where(depth[0] < 65.5, depth[0] * 1000, 0).round().numpy().astype(np.uint16)
         Image.fromarray(millimeters).save(folder / f"{name}_depth.png")
         write_path(folder / f"{name}.json", fov_x, move_path(move))

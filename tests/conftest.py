@@ -1,8 +1,7 @@
 """One thread, so that the small models run fast and alike everywhere; and the parity table after the run."""
 
-import torch
-
 import goldens
+import torch
 
 torch.set_num_threads(1)
 

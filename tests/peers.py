@@ -16,12 +16,13 @@ from einops import repeat
 from torch import Tensor, nn
 
 import wah
-from checkpoint import kept_dtype
-from flow import Schedule
+from files.checkpoint import kept_dtype
+from helios.flow import Schedule
+from helios.load import Models
+from helios.text import UMT5Config, UMT5Encoder
+from helios.vae import VAE, VAEConfig
 from model import Helios, HeliosConfig, History, pool
-from text import UMT5Config, UMT5Encoder
-from trainer import TARGETS, Trainer, draw_items
-from vae import VAE, VAEConfig
+from train import TARGETS, Trainer, draw_items
 
 PACKAGES = ("diffusers", "transformers", "peft")
 LEAVING = 0.08  # of a warp's columns, in each latent frame: a camera that turns away
@@ -69,10 +70,10 @@ class Scale:
 def cases(transformer: Helios, size: tuple[int, int], schedule: Schedule) -> dict[str, tuple[tuple, History]]:
     """The calls of a later chunk, with and without a warp: name -> grid (T, H, W) of the target's latents, and the
     history that `wah.Rollout` makes."""
-    rollout = wah.Rollout(wah.Models(transformer, None, schedule), None, size, torch.Generator().manual_seed(0))
+    rollout = wah.Rollout(Models(transformer, None, schedule), None, size, torch.Generator().manual_seed(0))
     rollout.chunk, rollout.prefix = 1, rollout.normal(1)
     rollout.native = rollout.earlier = rollout.normal(sum(wah.BANDS))
-    height, width = rollout.latent_size
+    height, width = rollout.latent_shape[1:]
     shown = torch.arange(width) < width * (1 - LEAVING * torch.arange(wah.CHUNK))[:, None]
     visible = repeat(shown.float(), "t w -> 1 1 t h w", h=height).to(rollout.device)
     rollout.warp_latents = lambda warp: (rollout.normal(wah.CHUNK), visible)  # in place of the VAE

@@ -6,15 +6,15 @@ import math
 import re
 import time
 
+import peers
 import pytest
 import torch
+from goldens import check
 
 import bench
-import peers
-from goldens import check
+from helios.text import UMT5Encoder
+from helios.vae import VAE
 from model import Helios, HeliosConfig
-from text import UMT5Encoder
-from vae import VAE
 
 CPU = torch.device("cpu")
 

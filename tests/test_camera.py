@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from goldens import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import camera
-from camera import CameraPath, describe, load_path, move_path, resample
-from goldens import check
+from geometry import camera
+from geometry.camera import CameraPath, describe, move_path, resample
+from geometry.paths import load_path
 
 FOV, WIDTH, HEIGHT = 62.0, 640, 384
 FOCAL = WIDTH / 2 / math.tan(math.radians(FOV) / 2)

@@ -7,10 +7,10 @@ import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
+from goldens import GEOMETRY, check, tensors
 from PIL import Image
 
-import media
-from goldens import GEOMETRY, check, tensors
+from files import draw, media, video, writing
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.full((32, 48, 3), 90, np.uint8)
@@ -88,9 +88,9 @@ def test_bad_depth_files(tmp_path):
 
 
 def write(path, frames, fps=12.0):
-    with media.VideoWriter(path, fps, frames[0].shape[:2]) as video:
+    with video.VideoWriter(path, fps, frames[0].shape[:2]) as writer:
         for frame in frames:
-            video.write(frame)
+            writer.write(frame)
 
 
 def test_video_round_trip(tmp_path):
@@ -98,7 +98,7 @@ def test_video_round_trip(tmp_path):
     write(tmp_path / "v.mp4", frames)
     loaded = media.load_video(tmp_path / "v.mp4")
     assert loaded.shape == frames.shape and np.abs(loaded.astype(int) - frames).mean() < 4
-    with media.imageio.get_reader(tmp_path / "v.mp4") as reader:
+    with video.imageio.get_reader(tmp_path / "v.mp4") as reader:
         assert reader.get_meta_data()["fps"] == 12
     assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
 
@@ -117,10 +117,10 @@ def test_frames_of_a_folder_and_an_array(tmp_path):
     np.save(tmp_path / "v.npy", frames)
     (tmp_path / "folder").mkdir()
     for index, frame in enumerate(frames):
-        media.save_png(tmp_path / "folder" / f"{index:03}.png", frame)
+        draw.save_png(tmp_path / "folder" / f"{index:03}.png", frame)
     for name in ("v.npy", "folder"):
         assert np.array_equal(media.load_video(tmp_path / name), frames)
-    media.save_png(tmp_path / "folder" / "003.png", frames[0][:5])
+    draw.save_png(tmp_path / "folder" / "003.png", frames[0][:5])
     with pytest.raises(ValueError, match="frame 3: size"):
         media.load_video(tmp_path / "folder")
 
@@ -154,7 +154,7 @@ def test_masks(tmp_path):
 
 
 def publish(paths: dict, inputs=(), content="new", fail=False) -> None:
-    with media.replacing(paths, inputs) as partials:
+    with writing.replacing(paths, inputs) as partials:
         for partial in partials.values():
             partial.write_text(content)
         if fail:
@@ -182,29 +182,29 @@ def test_what_cannot_be_written_is_noticed_at_once(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder.mp4", "in.mp4"]
     for name in ("v.avi", ".mp4", ""):
         with pytest.raises(ValueError, match=".mp4"):
-            media.beside(tmp_path / name)
+            writing.beside(tmp_path / name)
 
 
 def test_a_video_that_is_not_whole_is_an_error(tmp_path):
-    with pytest.raises(OSError, match="written whole"), media.VideoWriter(tmp_path / "v.mp4", 8, (32, 48)) as video:
-        video.write(SMOOTH)
-        video.count += 1  # as if the encoder had lost a frame
-    with pytest.raises(OSError, match="written whole"), media.VideoWriter(tmp_path / "w.mp4", 8, (20000, 64)) as video:
+    with pytest.raises(OSError, match="written whole"), video.VideoWriter(tmp_path / "v.mp4", 8, (32, 48)) as writer:
+        writer.write(SMOOTH)
+        writer.count += 1  # as if the encoder had lost a frame
+    with pytest.raises(OSError, match="written whole"), video.VideoWriter(tmp_path / "w.mp4", 8, (20000, 64)) as writer:
         for _ in range(2):  # too large for H.264
-            video.write(np.zeros((20000, 64, 3), np.uint8))
-    with pytest.raises(ValueError, match="expected uint8"), media.VideoWriter(tmp_path / "x.mp4", 8, (32, 50)) as video:
-        video.write(SMOOTH)
+            writer.write(np.zeros((20000, 64, 3), np.uint8))
+    with pytest.raises(ValueError, match="expected uint8"), video.VideoWriter(tmp_path / "x.mp4", 8, (32, 50)) as writer:
+        writer.write(SMOOTH)
 
 
 def test_contact_sheet():
-    assert media.evenly_spaced(33, 8) == [0, 5, 9, 14, 18, 23, 27, 32]
-    assert media.evenly_spaced(3, 8) == [0, 1, 2]
+    assert draw.evenly_spaced(33, 8) == [0, 5, 9, 14, 18, 23, 27, 32]
+    assert draw.evenly_spaced(3, 8) == [0, 1, 2]
     levels = np.arange(33, dtype=np.uint8) * 7
     video = np.broadcast_to(levels[:, None, None, None], (33, 20, 40, 3))
-    sheet = media.contact_sheet({"video": video, "mask": video[..., 0]}, columns=4, tile_width=80)
+    sheet = draw.contact_sheet({"video": video, "mask": video[..., 0]}, columns=4, tile_width=80)
     assert sheet.shape == (4 + 2 * (14 + 40 + 4), 4 + 4 * 84, 3) and sheet.dtype == np.uint8
     for row in (40, 98):
-        for column, index in enumerate(media.evenly_spaced(33, 4)):
+        for column, index in enumerate(draw.evenly_spaced(33, 4)):
             assert (sheet[row, 44 + 84 * column] == levels[index]).all()
     assert (sheet[4:16, :60] < 128).any()  # the label
 
@@ -214,13 +214,13 @@ def test_joined_videos_hold_the_same_frames_evenly(tmp_path, fps):
     """Nothing is encoded anew, frames keep their distance across the joints, and a frame too few is an error."""
     lengths, parts = (33, 33, 5), [tmp_path / f"{index:04d}_video.mp4" for index in range(3)]
     for index, (part, length) in enumerate(zip(parts, lengths)):
-        media.write_video(part, np.stack([np.roll(SMOOTH, 3 * (index + frame), axis=1) for frame in range(length)]), fps)
-    media.join_videos(parts, list(lengths), fps, tmp_path / "all.mp4")
+        video.write_video(part, np.stack([np.roll(SMOOTH, 3 * (index + frame), axis=1) for frame in range(length)]), fps)
+    video.join_videos(parts, list(lengths), fps, tmp_path / "all.mp4")
     assert np.array_equal(media.load_video(tmp_path / "all.mp4"), np.concatenate([media.load_video(part) for part in parts]))
     show = ["-i", tmp_path / "all.mp4", "-vf", "showinfo", "-f", "null", "-"]
     said = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), *show], capture_output=True, text=True).stderr
     times = np.array([float(time) for time in re.findall(r"pts_time:([\d.]+)", said)])
     assert len(times) == 71 and abs(np.diff(times) * fps - 1).max() < 0.001
     with pytest.raises(OSError, match="written whole"):
-        media.join_videos(parts, [33, 33, 6], fps, tmp_path / "other.mp4")
+        video.join_videos(parts, [33, 33, 6], fps, tmp_path / "other.mp4")
     assert {path.name for path in tmp_path.iterdir()} == {part.name for part in parts} | {"all.mp4", "other.mp4"}

@@ -5,13 +5,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from goldens import GEOMETRY, check, config, tensors
 
 import memory
 import render
-from goldens import GEOMETRY, check, config, tensors
-from memory import Atlas, Memory, align_scale, depth_ratio, estimate, render_keyframes, smooth_focals
-from pi3x import Pi3XConfig, Prediction, load_pi3x
-from render import Geometry, RenderSettings
+from geometry import surface
+from geometry.pi3x import Pi3XConfig, Prediction, load_pi3x
+from geometry.surface import Geometry, estimate
+from memory import Atlas, Memory, align_scale, depth_ratio, render_keyframes, smooth_focals
+from render import RenderSettings
 
 SCENE, ROLLOUT = GEOMETRY / "keyframes_scene.safetensors", GEOMETRY / "camera_rollout.safetensors"
 FIELDS = {"points": "point_map_world", "depth": "depth_map", "confidence": "conf_map", "valid": "valid_mask",
@@ -212,7 +214,7 @@ def test_unusable_keyframes(scene, keyframes):
 def test_other_intrinsics_are_other_geometries(scene, keyframes):
     """Officially, points not marked as kept are rebuilt with frame 0's intrinsics, which then serve every frame."""
     K = scene["target_intrinsics"][0]
-    rebuilt = [replace(each, points=render.unproject(each.depth, K, each.c2w), K=K) for each in keyframes]
+    rebuilt = [replace(each, points=surface.unproject(each.depth, K, each.c2w), K=K) for each in keyframes]
     check_frames(render_keyframes(rebuilt, scene["poses"]), scene, "not_preserved_target_intrinsics", [2, 4])
 
 
@@ -313,13 +315,13 @@ def test_a_small_network_sees_fewer_pixels(network, rollout):
         assert seen.pop() == size
     picture = torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     (coarse,), (fine,) = estimate(network, [picture], network.config.pixels), estimate(network, [picture])
-    assert coarse.depth.shape == (70, 98) and fine.depth.shape == render.map_size(64, 96) == (252, 378)
+    assert coarse.depth.shape == (70, 98) and fine.depth.shape == surface.map_size(64, 96) == (252, 378)
     rows, columns = (large / small for large, small in zip(fine.depth.shape, coarse.depth.shape))
     assert fine.K[0, 0] == pytest.approx(coarse.K[0, 0].item() * columns, rel=0.02)
     assert fine.K[1, 1] == pytest.approx(coarse.K[1, 1].item() * rows, rel=0.02)
     for name in ("depth", "confidence", "points", "rgb"):
         small, large = (getattr(each, name).float().view(*each.depth.shape, -1) for each in (coarse, fine))
-        back = render.resize(large.permute(2, 0, 1)[None], coarse.depth.shape)[0].permute(1, 2, 0)
+        back = surface.resize(large.permute(2, 0, 1)[None], coarse.depth.shape)[0].permute(1, 2, 0)
         assert (back - small).abs().mean() < 0.1 * small.abs().mean(), name
     assert Memory(lambda: network, picture, (64, 96)).reference.depth.shape == fine.depth.shape
 

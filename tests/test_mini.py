@@ -10,6 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from helios.index import read_index
+from helios.load import load_models
+from helios.text import Tokenizer
+from helios.vae import VAE
 from mini import ablate
 from mini.ablate import measure
 from mini.latents import FRAMES, SIZE, encode_clip, fit_codec, load_codec, make_parts, save_codec, symmetries
@@ -17,9 +21,8 @@ from mini.pretrain import (HELD_OUT, VAE_CONFIG, Clips, Generator, Recipe, draw_
                            make_tokenizer, save_state, vae_losses, velocity_loss)
 from mini.world import caption, make_clip, make_scene
 from sample import main as sample
-from text import Tokenizer
-from vae import VAE
-from wah import Options, Rollout, load_models, load_options, native_size
+from model import Helios
+from wah import Options, Rollout, model_options
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_latents_of_a_clip(clips):
 
 def test_training_histories_are_those_of_a_rollout(folder, exported):
     """A continued clip sees what `Rollout.native_history` shows before a later chunk."""
-    models = load_models(exported, "cpu")
+    models = load_models(Helios, exported, "cpu")
     latents = torch.randn(3, 16, 9, 8, 12)
     rollout = Rollout(models, None, SIZE, torch.Generator(), options=Options(steps=(1,)))
     rollout.prefix = latents[None, 0, :, :1]
@@ -143,8 +146,8 @@ def exported(folder):
 
 
 def test_an_export_is_a_whole_model(exported, tmp_path, monkeypatch):
-    assert load_models(exported, "cpu").transformer.proj_out.bias.eq(0.5).all()
-    assert native_size(exported) == SIZE and load_options(exported) == Options(steps=(4,), guidance=1.0)
+    assert load_models(Helios, exported, "cpu").transformer.proj_out.bias.eq(0.5).all()
+    assert read_index(exported).size == SIZE and model_options(exported) == Options(steps=(4,), guidance=1.0)
     shipped = Path(__file__).parent.parent / "weights" / "mini"
     for name in ("model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json"):
         assert json.loads((exported / name).read_text()) == json.loads((shipped / name).read_text())

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from camera import inverse, move_path
+from geometry.camera import inverse, move_path
+from geometry.pi3x import Branch, Pi3X, Pi3XConfig, Prediction, focal_from_rays, load_pi3x, nearest_rotation
+from geometry.surface import estimate, pinhole
 from mini import geometry, world
 from mini.geometry import (INPUT, SIZE, WEIGHTS, Views, draw_views, evaluate, export, losses, seen_from_each, train,
                            unit_rows)
 from mini.pretrain import HELD_OUT, Recipe
 from mini.world import poses
-from pi3x import Branch, Pi3X, Pi3XConfig, Prediction, focal_from_rays, load_pi3x, nearest_rotation
-from render import estimate, pinhole
 
 TINY = Pi3XConfig(dim=64, grid=9, registers=1, specials=1, encoder_blocks=1, encoder_hidden=32, decoder_blocks=2,
                   decoder_hidden=32, point=Branch(64, 1, 32, 16), conf=Branch(64, 1, 32, 16),

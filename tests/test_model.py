@@ -8,14 +8,15 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
-
 import goldens
 import peers
-from checkpoint import Lora, load, load_lora
+import pytest
+import torch
 from goldens import DISTILLED, HELIOS, check
+from safetensors.torch import load_file, save_file
+
+from files.checkpoint import load
+from helios.lora import Lora, load_lora
 from model import Band, Helios, HeliosConfig, History, rotate
 
 INPUTS = goldens.tensors(HELIOS / "dit.safetensors")
@@ -408,7 +409,7 @@ def test_loading_makes_no_second_copy(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     script = """if True:
         import sys, threading, time
-        from checkpoint import load
+        from files.checkpoint import load
         from model import Helios
         def private():
             line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))

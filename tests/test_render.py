@@ -7,17 +7,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from goldens import GEOMETRY, check, config, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import camera
-import media
 import render
-from goldens import GEOMETRY, check, config, tensors
-from camera import CameraPath, load_path, move_path
-from pi3x import load_pi3x
-from render import Geometry, RenderSettings, render_frames
+from files import draw, media
+from geometry import camera, surface
+from geometry.camera import CameraPath, move_path
+from geometry.paths import load_path
+from geometry.pi3x import load_pi3x
+from geometry.surface import Geometry
+from render import RenderSettings, render_frames
 from sample import pose_chunks
 
 FIELDS = ("point_map_world", "depth_map", "conf_map", "valid_mask", "intrinsic", "source_pose", "source_rgb_u8")
@@ -81,7 +83,7 @@ def test_photo_with_target_intrinsics():
     for name, intrinsics in (("plain", None), ("target_intrinsics", K)):
         frames = render_frames(source, golden["poses"], RenderSettings(), intrinsics)
         check_frames("Render photo", frames, golden[f"{name}/frames_u8"], golden[f"{name}/visible"])
-    points = render.unproject(source.depth, K[0], source.c2w)
+    points = surface.unproject(source.depth, K[0], source.c2w)
     check("Unproject", points, golden["target_intrinsics/point_map_world"], 1e-5, relative=True)
 
 
@@ -92,17 +94,17 @@ def test_edges_and_mesh_break():
         frames = render_frames(source, golden["poses"], RenderSettings(mesh_break=tear))
         check_frames("Render edges", frames, golden[f"{name}/frames_u8"], golden[f"{name}/visible"])
     _, valid, _ = render.fill_top(source)
-    normals, known = render.surface_normals(source.points, valid)
+    normals, known = surface.surface_normals(source.points, valid)
     check("Normals", normals.permute(1, 2, 0), golden["break/normals"], 1e-5)
     check("Mesh break", known, golden["break/normal_mask"], 0)
-    check("Mesh break", render.depth_edges(source.depth, valid, 0.03), golden["break/depth_edge"], 0)
-    check("Mesh break", render.normal_edges(normals, known, 5.0), golden["break/normal_edge"], 0)
-    broken = render.mesh_break(source.points, source.depth, valid)
+    check("Mesh break", surface.depth_edges(source.depth, valid, 0.03), golden["break/depth_edge"], 0)
+    check("Mesh break", surface.normal_edges(normals, known, 5.0), golden["break/normal_edge"], 0)
+    broken = surface.mesh_break(source.points, source.depth, valid)
     check("Mesh break", broken, golden["break/break_mask"], 0)
-    second = render.mesh_break(source.points, source.depth, valid & ~broken)
+    second = surface.mesh_break(source.points, source.depth, valid & ~broken)
     check("Mesh break", second, golden["break/break_mask_second_pass"], 0)
     for rtol, degrees in ((0.005, 1.0), (0.1, 20.0)):
-        mask = render.mesh_break(source.points, source.depth, valid, rtol, degrees)
+        mask = surface.mesh_break(source.points, source.depth, valid, rtol, degrees)
         check("Mesh break", mask, golden[f"break/break_mask_rtol{rtol}_deg{degrees}"], 0)
 
 
@@ -117,7 +119,7 @@ def test_sky():
     check("Top fill mask", filled, golden["topfill/fill_mask"], 0)
     check("Top fill mask", valid, golden["topfill/valid"], 0)
     check("Top fill points", points[filled], golden["topfill/points_at_fill"], 1e-5, relative=True)
-    mesh_valid = valid & ~render.mesh_break(points, source.depth, valid)
+    mesh_valid = valid & ~surface.mesh_break(points, source.depth, valid)
     check("Top fill mask", mesh_valid, golden["topfill/mesh_valid"], 0)
     for name in ("far_patch", "boundary_gt_global", "few_boundary", "two_small_one_side"):
         key = f"topfill_{name}/"
@@ -148,13 +150,13 @@ def test_fallback(case):
     golden, expected = tensors(path), config(path)["variants"][case]
     common = {"intrinsic": golden["intrinsic"], "source_pose": golden["source_pose"], "source_rgb_u8": golden["rgb"]}
     source = geometry(golden, case + "/", **common)
-    ensured = render.ensure_valid(source)
+    ensured = surface.ensure_valid(source)
     check("Fallback mask", ensured.valid, golden[f"{case}/ensured_valid_mask"], 0)
     check("Fallback confidence", ensured.confidence, golden[f"{case}/ensured_conf_map"], 0)
     for percent in (20, 50):
-        valid = render.keep_confident(source, percent).valid
+        valid = surface.keep_confident(source, percent).valid
         check("Fallback mask", valid, golden[f"{case}/forced{percent}_valid_mask"], 0)
-    check("Depth scale", render.median_depth(ensured), expected["depth_scale"], 1e-6, relative=True)
+    check("Depth scale", surface.median_depth(ensured), expected["depth_scale"], 1e-6, relative=True)
     assert render.surface_samples(source, RenderSettings()).xyz.shape[1] == expected["samples"]["num_points"]
     frames = render_frames(source, golden["poses"])
     check_frames("Render fallback", frames, golden[f"{case}/frames_u8"], golden[f"{case}/visible"])
@@ -171,8 +173,8 @@ def test_fallback_retries_and_the_whole_call():
         check_frames("Render fallback", frames, golden[f"{case}/frames_u8"], golden[f"{case}/visible"])
     common = {"intrinsic": golden["intrinsic"], "source_pose": golden["source_pose"], "source_rgb_u8": golden["rgb"]}
     call = expected["render_call"]
-    source = render.ensure_valid(geometry(golden, "none_valid_smooth_conf/", **common))
-    scale = call["translation_scale"] * render.median_depth(source)
+    source = surface.ensure_valid(geometry(golden, "none_valid_smooth_conf/", **common))
+    scale = call["translation_scale"] * surface.median_depth(source)
     check("Depth scale", scale, call["effective_scale"], 1e-6, relative=True)
     poses = camera.scale_translation(golden["render_call/camera_poses"], scale)
     poses = camera.normalize(poses, call["num_frames"])
@@ -180,7 +182,7 @@ def test_fallback_retries_and_the_whole_call():
     frames = render_frames(source, poses)
     check_frames("Render fallback", frames, golden["render_call/frames_u8"], golden["render_call/visible"])
     nowhere = replace(source, depth=-source.depth)
-    assert render.median_depth(nowhere) == 1.0
+    assert surface.median_depth(nowhere) == 1.0
     with pytest.raises(ValueError, match="no surface to render"):
         next(render_frames(nowhere, poses))
 
@@ -209,7 +211,7 @@ def test_pose_normalisation(poses):
 
 def window(path, chunk):
     """What sample.py feeds and the cameras make of it: 33 poses, after chunk 0 with the one before in front."""
-    chunks = [camera.hold(control["poses"]) for control in pose_chunks(path, 33 * (chunk + 1))]
+    chunks = [camera.hold(control.poses) for control in pose_chunks(path, 33 * (chunk + 1))]
     return torch.cat([chunks[chunk - 1][-1:], chunks[chunk]]) if chunk else chunks[0]
 
 
@@ -228,9 +230,9 @@ def test_windows(poses):
 
 def test_sizes_masks_and_boundary_frame(poses):
     for entry in config(GEOMETRY / "poses.safetensors")["pi3_target_size"]:
-        size = render.geometry_size(entry["height"], entry["width"], entry["pixel_limit"])
+        size = surface.geometry_size(entry["height"], entry["width"], entry["pixel_limit"])
         assert size == tuple(entry["out_hw"]), entry
-    check("Boundary frame", render.quantize(poses["boundary/in"]), poses["boundary/out"], 1e-7)
+    check("Boundary frame", media.quantize(poses["boundary/in"]), poses["boundary/out"], 1e-7)
     frames, masks = poses["frames/in_u8"], poses["mask/render_in"]
     check("Render video", render.to_video(frames, masks[:2], (30, 44)).frames, poses["frames/out"], 1e-6)
     black = torch.zeros(*masks.shape, 3, dtype=torch.uint8)
@@ -240,7 +242,7 @@ def test_sizes_masks_and_boundary_frame(poses):
     for name, mask in (("normal", valid), ("empty_valid", torch.zeros_like(valid))):
         blank = torch.zeros(*depth.shape, 3)
         source = Geometry(blank, depth, depth, mask, torch.eye(3), torch.eye(4), blank.byte())
-        check("Depth scale", render.median_depth(source), expected[name], 1e-6, relative=True)
+        check("Depth scale", surface.median_depth(source), expected[name], 1e-6, relative=True)
 
 
 def test_web_page_moves(poses):
@@ -363,8 +365,8 @@ def test_identity_reproduces_the_source(depth, slope, fov):
     image = picture(28, 42)
     ramp = depth * (1 + slope * torch.linspace(0, 1, 28)[:, None].expand(28, 42))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(render, "map_size", lambda height, width: (height, width))
-        source = render.geometry_from_depth(image, ramp, render.pinhole(fov, 28, 42))
+        patch.setattr(surface, "map_size", lambda height, width: (height, width))
+        source = surface.geometry_from_depth(image, ramp, surface.pinhole(fov, 28, 42))
     _, (rgb, visible) = render_frames(source, torch.eye(4).repeat(2, 1, 1), RenderSettings(hole_radius=0))
     assert visible[1:-1, 1:-1].all()
     step = max(source.rgb.int().diff(dim=axis).abs().max() for axis in (0, 1))
@@ -374,14 +376,14 @@ def test_identity_reproduces_the_source(depth, slope, fov):
 def test_a_thumbnail_keeps_the_pictures_colours():
     """Stripes too fine for the video's own size are still on the geometry's surface; at official sizes nothing changes."""
     stripes = np.tile(np.repeat(np.uint8([0, 255]), 3), 64)[None, :, None].repeat(256, 0).repeat(3, 2)
-    image, geometry = render.place(Image.fromarray(stripes), None, 60, (64, 96))
+    image, geometry = surface.place(Image.fromarray(stripes), None, 60, (64, 96))
     assert geometry.rgb.float().std() > 90 > 127.5 * image.std()
-    image, geometry = render.place(Image.fromarray(stripes), None, 60, (384, 640))
-    assert torch.equal(geometry.rgb, render.geometry_from_depth(image, torch.ones(1, 1), render.pinhole(60, 384, 640)).rgb)
+    image, geometry = surface.place(Image.fromarray(stripes), None, 60, (384, 640))
+    assert torch.equal(geometry.rgb, surface.geometry_from_depth(image, torch.ones(1, 1), surface.pinhole(60, 384, 640)).rgb)
 
 
 def test_geometry_from_depth_is_a_pinhole():
-    source = render.geometry_from_depth(picture(), torch.ones(3, 5) * 2, render.pinhole(90, 96, 160))
+    source = surface.geometry_from_depth(picture(), torch.ones(3, 5) * 2, surface.pinhole(90, 96, 160))
     height, width = source.depth.shape
     assert (height, width) == (378, 644) and source.valid.all()  # of 16 points a pixel
     check("Geometry from depth", source.K[0], torch.tensor([width / 2, 0, (width - 1) / 2]), 1e-4)
@@ -394,7 +396,7 @@ def test_unknown_depth_is_invalid_and_does_not_bleed():
     depth = torch.full((96, 160), 3.0)
     depth[40:60, 50:80] = math.nan
     depth[10:20, 10:20], depth[80:85, 100:120] = -1, math.inf
-    source = render.geometry_from_depth(picture(), depth, render.pinhole(60, 96, 160))
+    source = surface.geometry_from_depth(picture(), depth, surface.pinhole(60, 96, 160))
     check("Geometry from depth", source.depth[source.valid], torch.tensor(3.0).expand(source.valid.sum()), 1e-6)
     share = (~source.valid).float().mean().item()
     assert abs(share - (600 + 100 + 100) / depth.numel()) < 0.005
@@ -405,7 +407,7 @@ def test_directions():
     """Forward enlarges, yaw right moves the content left, up moves it down."""
     image = torch.full((1, 3, 96, 160), -1.0)
     image[..., 40:56, 70:90] = 1
-    source = render.geometry_from_depth(image, torch.ones(96, 160), render.pinhole(60, 96, 160))
+    source = surface.geometry_from_depth(image, torch.ones(96, 160), surface.pinhole(60, 96, 160))
 
     def seen(move):
         poses = move_path(move, 5)
@@ -460,7 +462,7 @@ def test_components_of_a_snake():
 
 
 def run(tmp_path, *arguments):
-    media.save_png(tmp_path / "in.png", render.to_u8(picture(50, 90)[0] / 2 + 0.5).permute(1, 2, 0).numpy())
+    draw.save_png(tmp_path / "in.png", media.to_u8(picture(50, 90)[0] / 2 + 0.5).permute(1, 2, 0).numpy())
     files = ["--image", str(tmp_path / "in.png"), "--out", str(tmp_path / "w.mp4")]
     return render.main([*files, "--size", "64x96", *arguments])
 
@@ -475,8 +477,8 @@ def test_preview(tmp_path, capsys):
     video, mask = media.load_video(tmp_path / "w.mp4"), np.stack(list(media.read_mask(tmp_path / "w_mask.mp4")))
     assert video.shape == (12, 64, 96, 3) and mask.shape == (12, 64, 96)
     assert mask[0].min() > 0.98 and 0.2 < mask[-1].mean() < 0.98
-    _, source = render.place(media.load_image(tmp_path / "in.png"), media.load_depth(tmp_path / "d.npy"), 70, (64, 96))
-    path = camera.scale_translation(load_path(tmp_path / "p.json").c2w, 0.1 * render.median_depth(source))
+    _, source = surface.place(media.load_image(tmp_path / "in.png"), media.load_depth(tmp_path / "d.npy"), 70, (64, 96))
+    path = camera.scale_translation(load_path(tmp_path / "p.json").c2w, 0.1 * surface.median_depth(source))
     warp = render.render(source, camera.normalize(path, 12), (64, 96))
     difference = torch.from_numpy(video[-1]).permute(2, 0, 1) / 127.5 - 1 - warp.frames[0, :, -1]
     assert difference.abs().mean() < 0.05  # the video codec's loss
@@ -499,7 +501,7 @@ def test_depth_and_field_of_view_are_cropped_with_the_picture():
     for rows, columns in ((100, 400), (50, 200), (10, 400)):
         depth = torch.ones(rows, columns)
         depth[:, round(columns * 170 / 400):] = 3
-        _, geometry = render.place(Image.fromarray(edge), depth, 90, (64, 128))
+        _, geometry = surface.place(Image.fromarray(edge), depth, 90, (64, 128))
         color = geometry.rgb[200, :, 0] > 127
         place = (geometry.depth[200] > 2).int().argmax() - color.int().argmax()
         assert abs(place) <= 4, f"{rows}x{columns}: {place} pixels apart of {len(color)}"
@@ -515,8 +517,8 @@ def test_preview_by_pi3x(tmp_path, capsys):
     assert f"Pi3X of {weights}" in out and "3 poses" in out and "3 frames" in out
     assert media.load_video(tmp_path / "w.mp4").shape == (3, 64, 96, 3)
     network, image = load_pi3x(weights), media.fit_image(media.load_image(tmp_path / "in.png"), (64, 96))
-    geometry = render.ensure_valid(render.estimate(network, [image])[0])
-    assert f"one unit of it is {0.1 * render.median_depth(geometry):.4g} of" in out
+    geometry = surface.ensure_valid(surface.estimate(network, [image])[0])
+    assert f"one unit of it is {0.1 * surface.median_depth(geometry):.4g} of" in out
 
 
 def test_the_flag_beats_the_file(tmp_path, capsys):

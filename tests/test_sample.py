@@ -11,26 +11,26 @@ import weakref
 from functools import partial
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
+import goldens
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
+from goldens import DISTILLED, HELIOS, check
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import goldens
-import media
-from checkpoint import open_safetensors
-from goldens import DISTILLED, HELIOS, check
+import files
+from files.checkpoint import open_safetensors
+from files.output import Output
+from geometry.pi3x import load_pi3x
+from helios.load import load_models
 from memory import Memory
 from mini.world import STILLS, caption, make_scene
-from output import Output
-from pi3x import load_pi3x
 from render import Warp
-from sample import main, parse
-from wah import Chunk, Rollout, load_models
+from sample import main, parse, pictures
+from wah import Chunk, Rollout
 
 SIZE = 64, 128
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
@@ -54,24 +54,24 @@ def place(tmp_path, monkeypatch):
 
 
 def sample(*words: str, weights=DISTILLED) -> int:
-    return main(["--weights", str(weights), "--size", "64x128", "--device", "cpu", *words])
+    return main(["--weights", str(weights), "--size", "64x128", "--set", "device=cpu", *words])
 
 
-def frames(path: str) -> np.ndarray:
+def read(path: str) -> np.ndarray:
     with imageio.get_reader(path) as reader:
         return np.stack([frame for frame in reader])
 
 
 @pytest.mark.parametrize("case, extra", [
     ("wah_2c", []), ("wah_2c_lora", ["--lora", str(HELIOS / "lora_noprefix.safetensors")]),
-    ("wah_1c_norope", ["--ablate", "no-align"]), ("wah_1c_nodrop", ["--ablate", "no-drop"]),
-    ("wah_1c_nowarpnoise", ["--ablate", "no-noise"]),
+    ("wah_1c_norope", ["--set", "align=false"]), ("wah_1c_nodrop", ["--set", "drop=false"]),
+    ("wah_1c_nowarpnoise", ["--set", "warp_noise=false"]),
 ])
 def test_official_latents(place, case, extra):
     """From files to the official latents of the same seed."""
     desc = CASES[case]["desc"]
-    status = sample("--image", "image.png", "--warp", "warp.npy", "--mask", "mask.npy", "--prompt", CASES["_common"]["prompt"],
-                    "--frames", str(desc["num_frames_arg"]), "--seed", str(desc["seed"]), "--save-latents", "x.safetensors", *extra)
+    status = sample("--image", "image.png", "--warp", "warp.npy", "mask.npy", "--prompt", CASES["_common"]["prompt"],
+                    "--frames", str(desc["num_frames_arg"]), "--seed", str(desc["seed"]), "--set", "latents=x.safetensors", *extra)
     assert status == 0
     latents = load_file("x.safetensors")["latents"]
     full = f"{case}.latents" in RUNS
@@ -90,12 +90,12 @@ def test_official_latents(place, case, extra):
 ])
 def test_lengths_and_files(place, words, length, led):
     assert sample("--out", "out.mp4", *words) == 0
-    assert frames("out.mp4").shape == (length, *SIZE, 3)
+    assert read("out.mp4").shape == (length, *SIZE, 3)
     made = {"out.mp4", "out_sheet.png"} | ({"out_warp.mp4"} if led else set())
     given = {"image.png", "warp.npy", "mask.npy", "poses.json", "depth.npy"}
     assert {path.name for path in place.iterdir()} == made | given
     if led:
-        assert frames("out_warp.mp4").shape == (length, *SIZE, 3)
+        assert read("out_warp.mp4").shape == (length, *SIZE, 3)
 
 
 def test_warp_goes_with_the_poses(place):
@@ -105,11 +105,12 @@ def test_warp_goes_with_the_poses(place):
     Image.fromarray(picture).save("square.png")
     np.save("flat.npy", np.full((8, 16), 2.0))
     assert sample("--image", "square.png", "--move", "forward 5", "--depth", "flat.npy") == 0
-    areas = (frames("out_warp.mp4")[..., 0] > 140).sum((1, 2))
+    areas = (read("out_warp.mp4")[..., 0] > 140).sum((1, 2))
     assert abs(areas[0] - 256) < 40 and abs(areas[-1] - 4 * 256) < 160  # half the way to a plane doubles its size
 
 
-PI3X = ["--geometry", str(goldens.GEOMETRY / "pi3x_weights.safetensors")]
+WEIGHTS = goldens.GEOMETRY / "pi3x_weights.safetensors"
+PI3X = ["--set", f"geometry={WEIGHTS}"]
 
 
 def test_geometry_from_the_picture_alone(place, capsys):
@@ -117,14 +118,14 @@ def test_geometry_from_the_picture_alone(place, capsys):
     weights = place / "weights" / "model"
     shutil.copytree(DISTILLED, weights)
     (place / "weights" / "Pi3X").mkdir()
-    shutil.copy(PI3X[1], place / "weights" / "Pi3X" / "model.safetensors")
-    words = ["--image", "image.png", "--move", "forward 1, right 1", "--frames", "40", "--check"]
+    shutil.copy(WEIGHTS, place / "weights" / "Pi3X" / "model.safetensors")
+    words = ["--image", "image.png", "--move", "forward 1, right 1", "--frames", "40", "--set", "check=true"]
     assert sample(*words, weights=weights) == 0
     out = capsys.readouterr().out
     assert "Pi3X of" in out and "camera check: frames 10" in out
     error = json.loads((place / "out_check.json").read_text())
     assert error["frames"] == 10 and 0 <= error["rotation_degrees"] <= 180 and error["translation"] >= 0
-    assert len(frames("out.mp4")) == len(frames("out_warp.mp4")) == 40
+    assert len(read("out.mp4")) == len(read("out_warp.mp4")) == 40
 
 
 def test_keyframes_are_the_weights_own(place, monkeypatch):
@@ -141,7 +142,7 @@ def test_keyframes_are_the_weights_own(place, monkeypatch):
     assert sample(*words, weights=weights) == 2
     index = weights / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"keyframes": 3}))
-    assert sample(*words, weights=weights) == sample(*words, "--keyframes", "2", weights=weights) == 2
+    assert sample(*words, weights=weights) == sample(*words, "--set", "keyframes=2", weights=weights) == 2
     assert seen == [8, 3, 2]
 
 
@@ -163,14 +164,14 @@ def test_pi3x_makes_room_for_the_transformer(place, monkeypatch, free, kept):
             return function(*arguments)
         return wrapped
 
-    monkeypatch.setattr("sample.free_memory", lambda device: free)
-    monkeypatch.setattr("sample.load_pi3x", load)
+    monkeypatch.setattr("geometry.pi3x.free_memory", lambda device: free)
+    monkeypatch.setattr("geometry.pi3x.load_pi3x", load)
     monkeypatch.setattr("sample.load_models", noticing(load_models))
     monkeypatch.setattr(Rollout, "finish", noticing(Rollout.finish))
     for count, estimates in (("33", 1), ("99", 1 if kept else 3)):
         loaded.clear()
         words = ["--image", "image.png", "--move", "forward 1, right 1, up 1", "--frames", count]
-        assert sample(*words, "--save-latents", "x.safetensors", *PI3X) == 0
+        assert sample(*words, "--set", "latents=x.safetensors", *PI3X) == 0
         made.append(load_file("x.safetensors")["latents"])
         assert len(loaded) == estimates
     assert alive == [False] * 2 + [kept] * 4
@@ -180,9 +181,9 @@ def test_pi3x_makes_room_for_the_transformer(place, monkeypatch, free, kept):
 def test_meters_and_resampling(place, capsys):
     data = json.loads((place / "poses.json").read_text())
     (place / "meter.json").write_text(json.dumps(data | {"unit": "meter"}))
-    assert sample("--image", "image.png", "--poses", "meter.json", "--depth", "depth.npy", "--frames", "3", "--resample") == 0
+    assert sample("--image", "image.png", "--poses", "meter.json", "--depth", "depth.npy", "--frames", "3", "--set", "resample=true") == 0
     out = capsys.readouterr().out
-    assert "3 poses, 1 meters travelled" in out and "one unit of it is 1 of" in out and len(frames("out.mp4")) == 3
+    assert "3 poses, 1 meters travelled" in out and "one unit of it is 1 of" in out and len(read("out.mp4")) == 3
 
 
 def test_later_warps_are_written_in_step(tmp_path):
@@ -190,15 +191,15 @@ def test_later_warps_are_written_in_step(tmp_path):
     levels = torch.arange(34.0).div(33).mul(2).sub(1).view(1, 1, 34, 1, 1).expand(1, 3, 34, 64, 64)
     with Output(tmp_path / "v.mp4", {}, resume=False, frames=33, fps=16, led=True) as output:
         chunk = Chunk(torch.zeros(1, 3, 33, 64, 64), torch.zeros(1), Warp(levels, levels[:, :1] / 2 + 0.5))
-        output.add(chunk, SimpleNamespace(state=dict))
+        output.add(pictures(chunk), chunk.latents, {})
         output.join("_warp.mp4", tmp_path / "w.mp4")
-    seen = frames(tmp_path / "w.mp4").mean((1, 2, 3))
+    seen = read(tmp_path / "w.mp4").mean((1, 2, 3))
     assert abs(seen[0] - 255 / 33) < 4 and abs(seen[-1] - 255) < 4 and len(seen) == 33
     assert [path.name for path in tmp_path.iterdir()] == ["w.mp4"]
 
 
 def test_contact_sheet_shows_the_frames(place):
-    assert sample("--image", "image.png", "--warp", "warp.npy", "--mask", "mask.npy", "--frames", "20") == 0
+    assert sample("--image", "image.png", "--warp", "warp.npy", "mask.npy", "--frames", "20") == 0
     sheet, warp = np.asarray(Image.open("out_sheet.png")).astype(float), np.load("warp.npy")[:20]
     tile = np.asarray(Image.fromarray(warp[-1]).resize((256, 128), Image.Resampling.LANCZOS))
     assert abs(sheet[18:18 + 128, -260:-4] - tile).mean() < 1.5  # the last of the first row
@@ -228,11 +229,11 @@ def stop_in_chunk(monkeypatch, count: int, error: type[BaseException] = Keyboard
     """The chunk of that number (from 1 on) of the next run raises an error."""
     original = Rollout.next
 
-    def next_chunk(self, **control):
+    def next_chunk(self, *control):
         if self.chunk == count - 1:
             monkeypatch.setattr(Rollout, "next", original)
             raise error
-        return original(self, **control)
+        return original(self, *control)
 
     monkeypatch.setattr(Rollout, "next", next_chunk)
 
@@ -242,12 +243,12 @@ def test_stopping_keeps_what_is_done(place, capsys, monkeypatch):
     stop_in_chunk(monkeypatch, 3)
     words = ["--image", "image.png", "--warp", "warp.npy"]
     assert sample(*words) == 0
-    assert len(frames("out.mp4")) == 66 and len(frames("out_warp.mp4")) == 66
+    assert len(read("out.mp4")) == 66 and len(read("out_warp.mp4")) == 66
     said = capsys.readouterr().out
     assert "66 frames" in said and "--image image.png --warp warp.npy --continue" in said
     refused(capsys, place, words, "out_parts", "--continue")  # it would be lost
     assert sample(*words, "--continue") == 0
-    assert len(frames("out.mp4")) == 99 and not (place / "out_parts").exists()
+    assert len(read("out.mp4")) == 99 and not (place / "out_parts").exists()
     stop_in_chunk(monkeypatch, 1)
     before = sorted(path.name for path in place.iterdir())
     assert sample(*words, "--out", "other.mp4") == 130
@@ -255,9 +256,9 @@ def test_stopping_keeps_what_is_done(place, capsys, monkeypatch):
 
 
 WAYS = {
-    "Pi3X": ["--image", "image.png", "--move", "forward 1, right 1, up 1", "--frames", "80", "--keyframes", "2", *PI3X],
+    "Pi3X": ["--image", "image.png", "--move", "forward 1, right 1, up 1", "--frames", "80", "--set", "keyframes=2", *PI3X],
     "depth": ["--image", "image.png", "--poses", "poses.json", "--depth", "depth.npy", "--frames", "80"],
-    "warp": ["--image", "image.png", "--warp", "warp.npy", "--mask", "mask.npy", "--frames", "80"],
+    "warp": ["--image", "image.png", "--warp", "warp.npy", "mask.npy", "--frames", "80"],
     "image": ["--image", "image.png", "--frames", "80"],
     "text": ["--frames", "80"],
     "video": ["--image", "warp.npy", "--frames", "80"],
@@ -271,7 +272,7 @@ def test_continued_equals_uninterrupted(place, monkeypatch, way):
 
     def run(name: str, *more: str) -> int:
         (place / name).mkdir(exist_ok=True)
-        return sample(*WAYS[way], "--out", f"{name}/out.mp4", "--save-latents", f"{name}/x.safetensors", *more)
+        return sample(*WAYS[way], "--out", f"{name}/out.mp4", "--set", f"latents={name}/x.safetensors", *more)
 
     assert run("whole") == 0
     for chunk in (2, 3):
@@ -282,13 +283,13 @@ def test_continued_equals_uninterrupted(place, monkeypatch, way):
     assert run("parts", "--continue", "--memory", "stream") == 0
     made = {path.name: path.read_bytes() for path in (place / "whole").iterdir()}
     assert made == {path.name: path.read_bytes() for path in (place / "parts").iterdir()}
-    assert {"out.mp4", "out_sheet.png", "x.safetensors"} <= made.keys() and len(frames("parts/out.mp4")) == 80
+    assert {"out.mp4", "out_sheet.png", "x.safetensors"} <= made.keys() and len(read("parts/out.mp4")) == 80
 
 
 def test_a_killed_run_goes_on(place):
     """The system ends a run at once, wherever it is; nothing is lost but the chunk that was being made."""
-    words = ["--weights", str(DISTILLED), "--size", "64x128", "--device", "cpu", "--image", "image.png", "--warp", "warp.npy"]
-    run = subprocess.Popen([sys.executable, Path(media.__file__).with_name("sample.py"), *words], stdout=subprocess.DEVNULL,
+    words = ["--weights", str(DISTILLED), "--size", "64x128", "--set", "device=cpu", "--image", "image.png", "--warp", "warp.npy"]
+    run = subprocess.Popen([sys.executable, Path(files.__file__).parents[1] / "sample.py", *words], stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     state = place / "out_parts" / "state.safetensors"
     while run.poll() is None and not state.exists():
@@ -297,10 +298,10 @@ def test_a_killed_run_goes_on(place):
     run.wait()
     done = json.loads(open_safetensors(state).metadata()["counts"])
     assert 0 < len(done) < 3 and not (place / "out.mp4").exists()
-    assert main([*words, "--continue", "--save-latents", "x.safetensors"]) == 0 and not state.parent.exists()
-    assert main([*words, "--save-latents", "y.safetensors", "--out", "whole.mp4"]) == 0
+    assert main([*words, "--continue", "--set", "latents=x.safetensors"]) == 0 and not state.parent.exists()
+    assert main([*words, "--set", "latents=y.safetensors", "--out", "whole.mp4"]) == 0
     assert torch.equal(load_file("x.safetensors")["latents"], load_file("y.safetensors")["latents"])
-    assert np.array_equal(frames("out.mp4"), frames("whole.mp4"))
+    assert np.array_equal(read("out.mp4"), read("whole.mp4"))
 
 
 def test_another_video_is_not_continued(capsys, place, monkeypatch):
@@ -339,7 +340,7 @@ def test_another_video_is_not_continued(capsys, place, monkeypatch):
     refused(capsys, place, [*words, "--continue"], "not a complete")
     state.write_bytes(whole)
     shutil.move("image.png", "moved.png")
-    assert sample(*words, "--image", "moved.png", "--continue", "--save-latents", "x.safetensors") == 0
+    assert sample(*words, "--image", "moved.png", "--continue", "--set", "latents=x.safetensors") == 0
 
 
 def test_a_folder_of_that_name_is_left_alone(place):
@@ -352,8 +353,9 @@ def test_a_folder_of_that_name_is_left_alone(place):
 @pytest.mark.parametrize("mode", ["fp8", "stream"])
 def test_memory_modes(place, mode):
     """Streamed weights give the same latents, quantized ones nearly so."""
-    words = ["--image", "image.png", "--move", "up 1", "--lora", str(HELIOS / "lora_noprefix.safetensors"), "--save-latents"]
-    assert sample(*words, "full.safetensors") == 0 and sample(*words, "other.safetensors", "--memory", mode) == 0
+    words = ["--image", "image.png", "--move", "up 1", "--lora", str(HELIOS / "lora_noprefix.safetensors")]
+    assert sample(*words, "--set", "latents=full.safetensors") == 0
+    assert sample(*words, "--set", "latents=other.safetensors", "--memory", mode) == 0
     full, other = (load_file(f"{name}.safetensors")["latents"] for name in ("full", "other"))
     if mode == "stream":
         assert torch.equal(full, other)
@@ -363,7 +365,7 @@ def test_memory_modes(place, mode):
 
 
 def test_same_seed_same_video(place):
-    words = ["--image", "image.png", "--move", "up 1", "--save-latents", "x.safetensors"]
+    words = ["--image", "image.png", "--move", "up 1", "--set", "latents=x.safetensors"]
     made = []
     for seed in ("1", "1", "2"):
         assert sample(*words, "--seed", seed) == 0
@@ -401,6 +403,7 @@ def poses_with(change) -> None:
         json.dump({"c2w": c2w.tolist()}, file)
 
 
+LORA = HELIOS / "lora_prefix.safetensors"
 LED = ["--image", "image.png", "--move", "forward 1"]
 
 
@@ -411,10 +414,10 @@ LED = ["--image", "image.png", "--move", "forward 1"]
     (LED + ["--size", "64x100"], ["64x100", "64"]),
     (LED + ["--size", "64"], ["--size"]),
     (LED + ["--frames", "0"], ["--frames"]),
-    (LED + ["--ablate", "no-such"], ["no-such"]),
+    (LED + ["--set", "nosuch=1"], ["nosuch", "threshold"]),
     (LED + ["--lora", "none.safetensors"], ["none.safetensors"]),
     (LED + ["--depth", "none.npy"], ["none.npy"]),
-    (LED + ["--mask", "mask.npy"], ["--mask", "--warp"]),
+    (LED + ["--set", "keyframes=2", "--depth", "depth.npy"], ["keyframes", "Pi3X"]),
     (["--image", "image.png", "--depth", "depth.npy"], ["--depth"]),
     (["--image", "image.png", "--lora", str(HELIOS / "lora_prefix.safetensors")], ["--lora"]),
     (["--image", "image.png", "--move", "fly 3"], ["fly"]),
@@ -423,22 +426,22 @@ LED = ["--image", "image.png", "--move", "forward 1"]
     (["--image", "image.png", "--warp", "mask.npy"], ["mask.npy"]),
     (LED + ["--out", "no/such/folder/out.mp4"], ["no/such/folder"]),
     (LED + ["--out", "out.txt"], ["out.txt", ".mp4"]),
-    (LED + ["--save-latents", "no/folder/x.safetensors"], ["no/folder"]),
-    (LED + ["--save-latents", "out.mp4"], ["out.mp4", ".safetensors"]),
-    (["--image", "image.png", "--warp", "warp.npy", "--mask", "out.mp4", "--out", "out.mp4"], ["out.mp4"]),
+    (LED + ["--set", "latents=no/folder/x.safetensors"], ["no/folder"]),
+    (LED + ["--set", "latents=out.mp4"], ["out.mp4", ".safetensors"]),
+    (["--image", "image.png", "--warp", "warp.npy", "out.mp4", "--out", "out.mp4"], ["out.mp4"]),
     (["--image", "image.png", "--move", ""], ["verb"]),
-    (LED + ["--fov", "0"], ["--fov", "0"]),
-    (["--image", "image.png", "--fov", "50"], ["--fov"]),
+    (LED + ["--set", "fov=0"], ["--set", "fov is 0.0"]),
+    (["--image", "image.png", "--set", "fov=50"], ["fov"]),
     (LED + ["--seed", "-1"], ["--seed"]),
     (LED + ["--fps", "0"], ["--fps"]),
-    (LED + ["--device", "abacus"], ["abacus"]),
-    (LED + ["--geometry", "none.safetensors"], ["none.safetensors"]),
-    (LED + ["--geometry", str(HELIOS / "lora_prefix.safetensors")], ["lora_prefix", "missing"]),
-    (LED + PI3X + ["--keyframes", "0"], ["--keyframes"]),
-    (LED + ["--check"], ["--check", "Pi3X"]),
-    (["--image", "image.png", "--check"], ["--check"]),
+    (LED + ["--set", "device=abacus"], ["abacus"]),
+    (LED + ["--set", "geometry=none.safetensors"], ["none.safetensors"]),
+    (LED + ["--set", f"geometry={LORA}"], ["lora_prefix", "missing"]),
+    (LED + PI3X + ["--set", "keyframes=0"], ["keyframes"]),
+    (LED + ["--set", "check=true"], ["check", "Pi3X"]),
+    (["--image", "image.png", "--set", "check=true"], ["check", "camera path"]),
     (["--image", "image.png", "--poses", "mask.npy"], ["mask.npy", ".json"]),
-    (LED + ["--device", "cuda:77"], ["cuda:77"]),
+    (LED + ["--set", "device=cuda:77"], ["cuda:77"]),
 ])
 def test_bad_words(capsys, place, words, parts):
     refused(capsys, place, words, *parts)
@@ -456,7 +459,7 @@ def test_bad_poses(capsys, place):
 
 def test_bad_masks(capsys, place):
     np.save("short.npy", np.load("mask.npy")[:98])
-    words = ["--image", "image.png", "--warp", "warp.npy", "--mask"]
+    words = ["--image", "image.png", "--warp", "warp.npy"]
     refused(capsys, place, words + ["short.npy"], "98", "99")
     shutil.copy("warp.npy", "out_warp.mp4")
     refused(capsys, place, ["--image", "image.png", "--warp", "out_warp.mp4"], "out_warp.mp4")

@@ -7,19 +7,20 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 
+import goldens
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-
-import goldens
-import stream
-from checkpoint import Lora, load, quantize, read_config
 from goldens import DISTILLED, check
-from model import Helios, HeliosConfig, Linear
-from stream import load_streamed
+from safetensors.torch import save_file
 from test_model import CASES, loss_of, matrices, run
-from wah import encode_prompts, load_models
+
+from files.checkpoint import load, quantize, read_config
+from helios import stream
+from helios.load import encode_prompts, load_models
+from helios.lora import Lora
+from helios.stream import load_streamed
+from model import Helios, HeliosConfig, Linear
 
 PLAIN = [case for case in CASES if not CASES[case]["config_override"]]
 
@@ -152,9 +153,9 @@ def test_memory_of_a_streamed_model(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
     script = """if True:
         import sys, threading, time, torch
-        from checkpoint import load
+        from files.checkpoint import load
         from model import Helios, History
-        from stream import load_streamed
+        from helios.stream import load_streamed
         torch.set_num_threads(1)
         def memory():
             lines = dict(line.split(":") for line in open("/proc/self/status"))
@@ -208,7 +209,7 @@ def test_quantized_weights():
 
 @pytest.mark.parametrize("case", PLAIN)
 def test_fp8_forward(case):
-    full, quantized = (load_models(DISTILLED, "cpu", memory).transformer for memory in ("full", "fp8"))
+    full, quantized = (load_models(Helios, DISTILLED, "cpu", memory).transformer for memory in ("full", "fp8"))
     kinds = {name: value.dtype for name, value in quantized.named_parameters()}
     assert {name for name, kind in kinds.items() if kind == torch.float8_e4m3fn} == {
         f"{name}.weight" for name, layer in full.named_modules() if isinstance(layer, Linear)}
@@ -220,7 +221,7 @@ def test_fp8_forward(case):
 
 def test_fp8_trains():
     """Gradients of a LoRA over quantized weights point where those over the full ones do."""
-    models, gradients = [load_models(DISTILLED, "cpu", memory).transformer for memory in ("full", "fp8")], []
+    models, gradients = [load_models(Helios, DISTILLED, "cpu", memory).transformer for memory in ("full", "fp8")], []
     lora = some_lora(models[0])
     for model in models:
         model.checkpointing = True
@@ -250,7 +251,7 @@ def test_compiled_blocks(tmp_path, monkeypatch, memory):
     (folder / "model_index.json").symlink_to(DISTILLED / "model_index.json")
     (folder / "transformer").mkdir()
     deep_checkpoint(folder / "transformer", 4)
-    eager, compiled = (load_models(folder, "cpu", memory).transformer for _ in range(2))
+    eager, compiled = (load_models(Helios, folder, "cpu", memory).transformer for _ in range(2))
     compiled.compile_blocks()
     loras = [None, some_lora(eager)] if memory == "full" else [None]
     with torch.no_grad():

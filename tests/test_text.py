@@ -1,15 +1,15 @@
 """Prompt cleaning, tokens and text encoder against the official numbers and against diffusers and transformers."""
 
+import peers
 import pytest
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from goldens import DISTILLED, HELIOS, cases, check, tensors
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import peers
-from checkpoint import load
-from goldens import DISTILLED, HELIOS, cases, check, tensors
-from text import Tokenizer, UMT5Config, UMT5Encoder, clean, encode_prompt
+from files.checkpoint import load
+from helios.text import Tokenizer, UMT5Config, UMT5Encoder, clean, encode_prompt
 
 CASES = cases(HELIOS / "text_cases.json")
 GOLDEN = tensors(HELIOS / "text.safetensors")

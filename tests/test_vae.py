@@ -6,12 +6,12 @@ import weakref
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from goldens import DISTILLED, HELIOS, cases, check, tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from checkpoint import load
-from goldens import DISTILLED, HELIOS, cases, check, tensors
-from vae import VAE, VAEConfig
+from files.checkpoint import load
+from helios.vae import VAE, VAEConfig
 
 CASES = cases(HELIOS / "vae_cases.json")
 GOLDEN = tensors(HELIOS / "vae.safetensors")

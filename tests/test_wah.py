@@ -5,21 +5,25 @@ import json
 import shutil
 from dataclasses import replace
 
+import goldens
 import numpy as np
 import pytest
 import torch
+from goldens import DISTILLED, HELIOS, check
 from PIL import Image
 
-import goldens
-from camera import move_path, normalize, scale_translation
-from checkpoint import load_lora
-from flow import load_schedule
-from goldens import DISTILLED, HELIOS, check
-from media import fit_image
-from memory import Memory
-from pi3x import load_pi3x
-from render import Warp, geometry_from_depth, pinhole, render
-from wah import Camera, Options, Rollout, encode_prompts, load_models, load_options, make_warp, mask_latents, native_size
+from files.media import fit_image
+from geometry.camera import move_path, normalize, scale_translation
+from geometry.pi3x import load_pi3x
+from geometry.surface import geometry_from_depth, pinhole
+from helios.flow import load_schedule
+from helios.index import read_index
+from helios.load import encode_prompts, load_models
+from helios.lora import load_lora
+from memory import Camera, Memory
+from render import Warp, make_warp, render
+from model import Helios
+from wah import Options, Rollout, mask_latents, model_options
 
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
 HISTORIES = goldens.tensors(HELIOS / "pipeline_histories.safetensors")
@@ -32,7 +36,7 @@ with np.load(HELIOS / "pipeline_inputs.npz") as file:
 
 @pytest.fixture(scope="module")
 def models():
-    return load_models(DISTILLED, "cpu")
+    return load_models(Helios, DISTILLED, "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +128,7 @@ WARPED = {  # run -> what its recorded options mean here
 def test_warp_runs(models, prompts, draws, case):
     lora = load_lora(HELIOS / "lora_noprefix.safetensors") if "lora" in case else None
     rollout = Rollout(models, prompts, SIZE, generator(case), image=fit_image(picture(), SIZE, crop=False), lora=lora,
-                      options=replace(load_options(DISTILLED), **WARPED[case]))
+                      options=replace(model_options(DISTILLED), **WARPED[case]))
     histories, chunks = history_of(rollout), []
     for start in range(0, CASES[case]["desc"]["warp_frames"], 33):
         warp = warp_of(slice(start, start + 33))
@@ -162,7 +166,7 @@ def test_windows_of_34_frames(models, prompts, draws, case):
 @pytest.mark.parametrize("case", ["native_i2v_1c", "native_i2v_2c", "native_t2v_2c", "native_t2v_1c_noamplify", "native_v2v_1c"])
 def test_native_runs(models, prompts, draws, case):
     asked = CASES[case]["desc"]["options"]
-    options = replace(load_options(DISTILLED), image_noise=asked.get("add_noise_to_image_latents", False),
+    options = replace(model_options(DISTILLED), restart=True, image_noise=asked.get("add_noise_to_image_latents", False),
                       amplify_first_chunk=asked.get("is_amplify_first_chunk", True))
     image = fit_image(picture(), SIZE, crop=False) if "image" in asked else None
     video = make_warp(INPUTS["warp"][:35], None, SIZE).frames if "video" in asked else None
@@ -212,20 +216,21 @@ def test_the_first_stage_alone_is_led(models, prompts, stages):
     options = Options(steps=(1,) * stages)
     rollout = Rollout(replace(models, schedule=schedule), prompts, size, torch.Generator().manual_seed(1), lora=lora,
                       image=fit_image(picture(), size), camera=room_camera(size), options=options)
-    prepare = rollout.velocity_for
+    make = transformer.context
 
-    def velocity_for(stage, shape, history, text):
-        seen.append((stage, tuple(shape[-2:]), history.short.latents.shape[2], history.short.visible is not None,
-                     transformer.blocks[0].attn1.to_q.adapter is not None, text is rollout.text_cache.get("trigger")))
-        return prepare(stage, shape, history, text)
+    def context(history, shape):
+        seen.append((tuple(shape[-2:]), history.short.latents.shape[2], history.short.visible is not None,
+                     transformer.blocks[0].attn1.to_q.adapter is not None))
+        return make(history, shape)
 
-    rollout.velocity_for = velocity_for
-    chunk = rollout.next(poses=move_path("forward 1"))
-    assert set(rollout.text_cache) == ({"trigger"} if stages == 1 else {"trigger", "plain"})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transformer, "context", context)
+        chunk = rollout.next(poses=move_path("forward 1"))
+    assert set(rollout.text_cache) == {("trigger", True)} | ({("plain", False)} if stages > 1 else set())
     first = size[0] // 8 >> (stages - 1), size[1] // 8 >> (stages - 1)
-    assert seen[0] == (0, first, 11, True, True, True)
-    for stage, shape, *rest in seen[1:]:
-        assert rest == [2, False, False, False] and shape == (first[0] << stage, first[1] << stage)
+    assert seen[0] == (first, 11, True, True)
+    for stage, (shape, *rest) in enumerate(seen[1:], start=1):
+        assert rest == [2, False, False] and shape == (first[0] << stage, first[1] << stage)
     assert len(seen) == stages and chunk.latents.shape[-2:] == (size[0] // 8, size[1] // 8)
     assert transformer.blocks[0].attn1.to_q.adapter is None
     if stages > 1:
@@ -260,12 +265,12 @@ def test_mask_lag_is_an_option(models, prompts):
 def test_a_model_may_bring_its_own_defaults(tmp_path):
     """The released files say nothing of steps, guidance, prompt length and size; a small model's model_index.json may."""
     shutil.copytree(DISTILLED, tmp_path / "small")
-    assert load_options(tmp_path / "small") == Options() and native_size(tmp_path / "small") == (384, 640)
+    assert model_options(tmp_path / "small") == Options() and read_index(tmp_path / "small").size == (384, 640)
     index = json.loads((DISTILLED / "model_index.json").read_text())
     own = {"num_inference_steps": 5, "guidance_scale": 1.5, "max_sequence_length": 40, "height": 64, "width": 128}
     (tmp_path / "small" / "model_index.json").write_text(json.dumps(index | own))
-    assert load_options(tmp_path / "small") == Options(steps=(5, 5, 5), guidance=1.5)
-    assert native_size(tmp_path / "small") == (64, 128)
+    assert model_options(tmp_path / "small") == Options(steps=(5, 5, 5), guidance=1.5)
+    assert read_index(tmp_path / "small").size == (64, 128)
     plain = encode_prompts(tmp_path / "small", "a red car", False, False, "cpu").plain
     assert plain.shape[1] == 40
     torch.testing.assert_close(plain, encode_prompts(DISTILLED, "a red car", False, False, "cpu").plain[:, :40], rtol=0, atol=0)
@@ -289,7 +294,7 @@ def test_clear_errors(models, prompts):
     with pytest.raises(ValueError, match="multiples of 64"):
         Rollout(models, prompts, (64, 100), generator)
     for steps in ((2, 2), (2, 0, 2)):
-        with pytest.raises(ValueError, match="3 numbers of at least 1"):
+        with pytest.raises(ValueError, match="numbers"):
             Rollout(models, prompts, SIZE, generator, options=Options(steps=steps))
     with pytest.raises(ValueError, match="expected 64x128"):
         Rollout(models, prompts, SIZE, generator, image=torch.zeros(1, 3, 64, 64))

@@ -9,12 +9,12 @@ from random import Random
 import pytest
 import torch
 from einops import rearrange
-
-import camera
-import clips
-import media
-import render as splat
 from goldens import check
+
+import clips
+import render as splat
+from files import media
+from geometry import camera, paths, surface
 from mini import world
 
 DATA = Path(__file__).parent.parent / "data"
@@ -80,7 +80,7 @@ def test_intrinsics():
     for seed in SEEDS:
         K = world.make_clip(seed, 1, (8, 12)).K
         assert K[0, 0] == K[1, 1] and K[:2, 2].tolist() == [5.5, 3.5]
-        views.append(camera.field_of_view(12, K[0, 0].item(), "K"))
+        views.append(paths.field_of_view(12, K[0, 0].item(), "K"))
     assert 50 <= min(views) < max(views) - 5 and max(views) <= 80
 
 
@@ -90,7 +90,7 @@ def test_paths_are_smooth_and_keep_away(frames):
     for seed in range(frames, frames + 8):
         scene, c2w = scene_and_path(seed, frames)
         assert c2w.shape == (frames, 4, 4)
-        camera.check_poses(c2w, "c2w", f"seed {seed}")  # orthonormal
+        paths.check_poses(c2w, "c2w", f"seed {seed}")  # orthonormal
         steps = c2w.diff(dim=0)
         assert steps[:, :3, 3].norm(dim=-1).max() < 0.35, seed  # meters a frame
         assert steps.diff(dim=0)[:, :3].abs().max() < 0.06, seed  # no jerks, neither of position nor of direction
@@ -110,18 +110,18 @@ def test_nothing_is_nearer_than_the_clearance():
 def test_no_frame_is_all_wall():
     for seed in range(40):
         scene, c2w = scene_and_path(seed, 33)
-        _, depth = world.render(scene, c2w[::8], splat.pinhole(60, 16, 24), (16, 24), samples=1)
+        _, depth = world.render(scene, c2w[::8], surface.pinhole(60, 16, 24), (16, 24), samples=1)
         assert depth.flatten(1).median(-1).values.min() > 1.6, seed
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_depth_is_exact(seed):
     scene, c2w = scene_and_path(seed, 20)
-    scene, K = frozen(scene), splat.pinhole(65, *SIZE)
+    scene, K = frozen(scene), surface.pinhole(65, *SIZE)
     _, depth = world.render(scene, c2w[::10], K, SIZE)
     for pose, z in zip(c2w[::10], depth):
         near = z < 30
-        points = splat.unproject(torch.where(near, z, 1), K, pose)[near]
+        points = surface.unproject(torch.where(near, z, 1), K, pose)[near]
         away = surface_distance(scene, points)
         check("World depth: meters off the surfaces", away, torch.zeros_like(away), 1e-3)
 
@@ -129,9 +129,9 @@ def test_depth_is_exact(seed):
 def test_sky():
     for seed, room in ((first_seed(lambda scene: scene.room), True), (first_seed(lambda scene: not scene.room), False)):
         scene, c2w = scene_and_path(seed, 4)
-        K = splat.pinhole(60, *SIZE)
+        K = surface.pinhole(60, *SIZE)
         _, depth = world.render(replace(scene, solids=scene.solids[:1]), c2w, K, SIZE)
-        down = splat.unproject(torch.ones(SIZE), K, c2w[0])[..., 1] - c2w[0, 1, 3]  # the rays' y
+        down = surface.unproject(torch.ones(SIZE), K, c2w[0])[..., 1] - c2w[0, 1, 3]  # the rays' y
         sky = depth[0].isinf()
         assert sky.any() == (not room) and not (sky & (down > 1e-5)).any()
 
@@ -139,7 +139,7 @@ def test_sky():
 def test_only_what_can_be_seen_is_drawn(monkeypatch):
     for seed in SEEDS:
         scene, c2w = scene_and_path(seed, 33)
-        K = splat.pinhole(75, 32, 48)
+        K = surface.pinhole(75, 32, 48)
         frames, depth = world.render(scene, c2w[::8], K, (32, 48))
         with monkeypatch.context() as patch:
             whole = lambda places, *_: [[[0, 32, 0, 48]] * places.shape[1]] * len(places)
@@ -176,7 +176,7 @@ def test_motion_is_seen():
     scene = replace(scene, solids=(replace(thing, motion=world.Motion("slide", 60, (0.5, 0.0, 0.0))),))
     x, _, z = thing.center
     yaw = torch.full((16,), math.atan2(x, z), dtype=torch.float64)  # from the middle outwards
-    c2w, K = world.poses(torch.zeros(16, 3, dtype=torch.float64), yaw, 0 * yaw, 0 * yaw), splat.pinhole(75, *SIZE)
+    c2w, K = world.poses(torch.zeros(16, 3, dtype=torch.float64), yaw, 0 * yaw, 0 * yaw), surface.pinhole(75, *SIZE)
     c2w[:, :3, 3] = torch.tensor(thing.center) - 2.5 * c2w[:, :3, 2]
     moved, stood = (world.render(each, c2w, K, SIZE)[0].int() for each in (scene, frozen(scene)))
     assert torch.equal(stood, stood[:1].expand_as(stood))
@@ -203,10 +203,10 @@ def test_agrees_with_the_splat_renderer():
     """The first frame, splatted into a later camera by `render.py`, is what the world shows there."""
     for seed in (304, 315, 319):
         scene, c2w = scene_and_path(seed, 17)
-        K = splat.pinhole(60, *SIZE)
+        K = surface.pinhole(60, *SIZE)
         frames, depth = world.render(frozen(scene), c2w, K, SIZE)
         images = rearrange(frames / 127.5 - 1, "t h w c -> t c h w")
-        geometry = splat.geometry_from_depth(images[:1], depth[0], K)
+        geometry = surface.geometry_from_depth(images[:1], depth[0], K)
         poses = camera.normalize(c2w, len(c2w))[[0, -1]]
         warp = splat.render(geometry, poses, SIZE, splat.RenderSettings(samples=2))
         seen = warp.visible[0, 0, 1] > 0.99
@@ -222,7 +222,7 @@ def test_colours_are_centred_on_their_pixels():
     scene = replace(scene, sun=(0.0, 0.0, -1.0), solids=(ball,))
     c2w = torch.eye(4)[None].clone()
     c2w[0, 1, 3] = -2.0
-    frames, depth = world.render(scene, c2w, splat.pinhole(60, 48, 64), (48, 64))
+    frames, depth = world.render(scene, c2w, surface.pinhole(60, 48, 64), (48, 64))
     red = torch.where(depth[0] < 3, frames[0, ..., 0].int(), 0)
     assert torch.equal(red > 0, (red > 0).flip(0)) and (red > 0).any()
     assert (red - red.flip(1)).abs().max() < 8  # the patterned ground at the edge
@@ -232,12 +232,12 @@ def test_car_roundabout():
     clip = world.car_roundabout(25, (96, 144))
     assert clip.frames.shape == (25, 96, 144, 3)
     assert set(clip.caption.split()) <= VOCABULARY
-    camera.check_poses(clip.c2w, "c2w", "roundabout")
+    paths.check_poses(clip.c2w, "c2w", "roundabout")
     places = []
     for frame, depth, pose in zip(clip.frames[::12], clip.depth[::12], clip.c2w[::12]):
         red = (frame[..., 0] > 150) & (frame[..., 1] < 90) & (frame[..., 2] < 90)
         assert 10 < red.sum() < 1500
-        places.append(splat.unproject(depth, clip.K, pose)[red].median(0).values)
+        places.append(surface.unproject(depth, clip.K, pose)[red].median(0).values)
     track = torch.stack(places)
     assert (track[:, [0, 2]].norm(dim=-1) - 1.5).abs().max() < 0.3  # meters from the middle: on its lane
     assert track.diff(dim=0).norm(dim=-1).min() > 0.3
@@ -247,12 +247,12 @@ def test_demo_files():
     video = media.load_video(DATA / "car-roundabout.mp4")
     assert video.shape == (99, 192, 288, 3)
     for name, (seed, move) in world.STILLS.items():
-        path = camera.load_path(DATA / f"{name}.json")
+        path = paths.load_path(DATA / f"{name}.json")
         check("World demo paths", path.c2w, camera.move_path(move), 2e-6)
         depth, picture = media.load_depth(DATA / f"{name}_depth.png"), media.load_image(DATA / f"{name}.png")
         assert depth.shape == (256, 384) == picture.size[::-1]
     scene, c2w = scene_and_path(seed, 66)
-    _, expected = world.render(scene, c2w[:1], splat.pinhole(path.fov_x, 256, 384), (256, 384), samples=1)
+    _, expected = world.render(scene, c2w[:1], surface.pinhole(path.fov_x, 256, 384), (256, 384), samples=1)
     assert (depth / 1000 - expected[0]).abs().quantile(0.99) < 1e-3  # millimeters; but for edges on other machines
 
 
@@ -266,9 +266,9 @@ def test_known_clips_can_be_read_back(tmp_path, monkeypatch):
     small, depth = make(5, (32, 48)), make(5, (16, 24)).depth
     assert source.prompt == small.caption
     poses, maps = clips.files_beside(source.video)
-    path, depths = camera.load_path(poses), torch.stack(clips.read_depths(maps))
+    path, depths = paths.load_path(poses), torch.stack(clips.read_depths(maps))
     torch.testing.assert_close(path.c2w, small.c2w, rtol=0, atol=1e-5)
-    torch.testing.assert_close(splat.pinhole(path.fov_x, 32, 48), small.K, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(surface.pinhole(path.fov_x, 32, 48), small.K, rtol=1e-5, atol=1e-4)
     sky = depth.isinf()
     assert 0 < sky.sum() and torch.equal(depths == 0, sky)
     assert ((depths - depth)[~sky].abs() <= 1 / 128 + depth[~sky] / 2048).all()

@@ -12,8 +12,9 @@ a free principal point.
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -21,11 +22,16 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from checkpoint import fill, open_safetensors
+from files.checkpoint import Network, count_numbers, fill, on_meta, open_safetensors
+from files.machine import free_memory, network_dtype
 
 HEAD_DIM = 64  # of every attention: the one size that no shape tells
 GROUP = 32  # channels that are normalised together inside the residual blocks of the convolutional heads
+
+
 norm = partial(nn.LayerNorm, eps=1e-6)
+
+
 conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, padding_mode="replicate")
 
 
@@ -350,12 +356,11 @@ def focal_from_rays(local_points: Tensor) -> Tensor:
     return intrinsics
 
 
-class Pi3X(nn.Module):
+class Pi3X(Network):
     """The whole network. Gradients are recorded as usual: call it under `torch.inference_mode()` to only run it."""
 
     Config = Pi3XConfig
     fp32 = ("norm", "gamma", "token", "pos_embed", "image_", "_head.")  # stay fp32 in a bf16 model
-    aliases: dict[str, str] = {}
     rotation = staticmethod(nearest_rotation)  # of the camera head's nine numbers; training sets another
     ignored = ("depth_encoder.", "depth_emb", "ray_embed.", "pose_inject_blk.")  # the multimodal branch
 
@@ -436,6 +441,21 @@ def load_pi3x(path: str | Path, device: torch.device | str = "cpu", dtype: torch
         config = Pi3XConfig.from_shapes(shapes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    with torch.device("meta"):
-        network = Pi3X(config)
-    return fill(network, [path], device, dtype)
+    return fill(on_meta(lambda: Pi3X(config)), [path], device, dtype)
+
+
+def find_pi3x(choice: Path | None, weights: Path) -> Path | None:
+    """The file to use: the user's, or that in the weights' folder or beside it."""
+    if choice is not None:
+        return choice
+    places = (folder / "Pi3X" / "model.safetensors" for folder in (weights, weights.parent))
+    return next((path for path in places if path.is_file()), None)
+
+
+def pi3x_source(file: Path, device: str, beside: list[Path], often: bool) -> Callable[[], Pi3X]:
+    """How a run gets Pi3X: read anew for each estimate, so that it makes room for what is in the files `beside` it, or kept
+    if it is used `often` and both fit on the device, with a quarter more for what they compute."""
+    dtype = network_dtype(device)
+    read = partial(load_pi3x, file, device, dtype)
+    needed = count_numbers([file, *beside]) * dtype.itemsize * 5 // 4
+    return cache(read) if often and free_memory(device) > needed else read

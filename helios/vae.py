@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from files.checkpoint import Network
+
 Cache = dict[nn.Module, list[Tensor]]  # of one encode or decode: layer -> its last input frames
 
 
@@ -256,7 +258,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)), cache)
 
 
-class VAE(nn.Module):
+class VAE(Network):
     """The whole VAE. Gradients are recorded as usual: call it under `torch.inference_mode()` to only run it.
 
     Videos are `[1, 3, F, H, W]` in [-1, 1], raw latents `[1, z_dim, 1 + (F-1)//4, H/8, W/8]`, both in the dtype and on
@@ -264,9 +266,6 @@ class VAE(nn.Module):
     """
 
     Config = VAEConfig
-    fp32: tuple[str, ...] = ()
-    aliases: dict[str, str] = {}
-    ignored: tuple[str, ...] = ()
 
     def __init__(self, config: VAEConfig):
         super().__init__()

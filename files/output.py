@@ -5,43 +5,21 @@ state.safetensors, from which the run can go on. The state is replaced last and 
 are whole chunks and a state that fits them. At the end the pieces are joined without encoding anew, and the folder goes.
 """
 
-import hashlib
 import json
 from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from safetensors.torch import save
 from torch import Tensor
 
-import media
-from camera import WINDOW
-from checkpoint import open_safetensors
-from render import to_u8
-from wah import Chunk, Rollout
-
+from files.checkpoint import open_safetensors
+from files.draw import contact_sheet, evenly_spaced
+from files.video import join_videos, write_video
+from files.writing import replacing
 
 PIECES = "[0-9]*_video.mp4", "[0-9]*_warp.mp4", "[0-9]*.safetensors", "*state*.safetensors", ".[0-9]*.txt"
-
-
-def to_frames(video: Tensor) -> np.ndarray:
-    """[1, C, T, H, W] in 0..1 -> [T, H, W, 3] uint8, gray repeated."""
-    return rearrange(to_u8(video[0]).expand(3, -1, -1, -1), "c t h w -> t h w c").cpu().numpy()
-
-
-def fingerprint(path: Path) -> str:
-    """A short digest of what is in a file, or in all files of a folder: of a large one 64 pieces of 64 KiB, and the size."""
-    digest = hashlib.blake2b(digest_size=8)
-    for file in filter(Path.is_file, sorted(path.rglob("*")) if path.is_dir() else [path]):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)} {size}".encode())
-        with open(file, "rb") as stream:
-            for piece in range(64):
-                stream.seek(piece * size // 64)
-                digest.update(stream.read(2**16))
-    return digest.hexdigest()
 
 
 class Output:
@@ -50,12 +28,13 @@ class Output:
     def __init__(self, out: Path, about: dict, resume: bool, frames: int, fps: float, led: bool):
         """frames: of the whole video; led: there are warps. Raises ValueError or OSError if there is no state to resume, or
         one that would be lost."""
-        self.folder, self.about = out.with_name(f"{out.stem}_parts"), json.loads(json.dumps(about))
+        self.folder = out.with_name(f"{out.stem}_parts")
         self.path = self.folder / "state.safetensors"
+        self.about = json.loads(json.dumps(about))
         self.frames, self.fps = frames, fps
         self.counts: list[int] = []  # frames of each chunk that is whole
         self.tiles: dict[str, list] = {name: [] for name in (("warp", "mask", "result") if led else ("result",))}
-        self.picks = media.evenly_spaced(frames, 8)
+        self.picks = evenly_spaced(frames, 8)
         self.rollout: dict[str, Tensor] | None = None  # the state to go on from
         if resume:
             self.load()
@@ -68,7 +47,8 @@ class Output:
 
     def load(self) -> None:
         with open_safetensors(self.path) as file:
-            header, state = file.metadata() or {}, {key: file.get_tensor(key).clone() for key in file.keys()}
+            header = file.metadata() or {}
+            state = {key: file.get_tensor(key).clone() for key in file.keys()}
         if not {"about", "counts"} <= header.keys():
             raise ValueError(f"{self.path}: not a state of this program")
         old = json.loads(header["about"])
@@ -83,30 +63,27 @@ class Output:
     def piece(self, index: int, ending: str) -> Path:
         return self.folder / f"{index:04d}{ending}"
 
-    def add(self, chunk: Chunk, rollout: Rollout) -> None:
-        """Write a chunk; it is whole when the state after it is there."""
+    def add(self, rows: dict[str, np.ndarray], latents: Tensor, rollout: dict[str, Tensor]) -> None:
+        """Write a chunk; it is whole when the state after it is there. `rows` are its result, and its warp and mask if there
+        are any, [T, H, W, 3] uint8; `rollout` is the state to go on from."""
         self.folder.mkdir(exist_ok=True)
-        rows = {"result": to_frames(chunk.frames / 2 + 0.5)}
-        if chunk.warp is not None:
-            frames, visible = chunk.warp.frames[:, :, -WINDOW:], chunk.warp.visible[:, :, -WINDOW:]  # 34 begin before
-            rows |= {"warp": to_frames(frames / 2 + 0.5), "mask": to_frames(visible)}
         index, begun = len(self.counts), self.count
-        length = min(WINDOW, self.frames - begun)
+        length = min(len(rows["result"]), self.frames - begun)
         for row, name in (("result", "_video.mp4"), ("warp", "_warp.mp4")):
             if row in rows:
-                media.write_video(self.piece(index, name), rows[row][:length], self.fps)
-        self.piece(index, ".safetensors").write_bytes(save({"latents": chunk.latents.cpu()}))
+                write_video(self.piece(index, name), rows[row][:length], self.fps)
+        self.piece(index, ".safetensors").write_bytes(save({"latents": latents.cpu()}))
         for name, tiles in self.tiles.items():
             tiles += [rows[name][pick - begun].copy() for pick in self.picks if 0 <= pick - begun < length]
-        state = rollout.state() | {f"tiles.{name}": torch.from_numpy(np.stack(tiles)) for name, tiles in self.tiles.items()}
-        state = {name: value.to("cpu", copy=True).contiguous() for name, value in state.items()}  # some share their storage
+        tiles = {f"tiles.{name}": torch.from_numpy(np.stack(tiles)) for name, tiles in self.tiles.items()}
+        state = {name: value.to("cpu", copy=True).contiguous() for name, value in (rollout | tiles).items()}  # own storages
         counts = [*self.counts, length]
-        with media.replacing({"state": self.path}, []) as files:
+        with replacing({"state": self.path}, []) as files:
             files["state"].write_bytes(save(state, {"about": json.dumps(self.about), "counts": json.dumps(counts)}))
         self.counts = counts
 
     def join(self, ending: str, out: Path) -> None:
-        media.join_videos([self.piece(index, ending) for index in range(len(self.counts))], self.counts, self.fps, out)
+        join_videos([self.piece(index, ending) for index in range(len(self.counts))], self.counts, self.fps, out)
 
     def latents(self, given: Tensor) -> Tensor:
         """Those of all chunks, after those given in front."""
@@ -117,7 +94,7 @@ class Output:
         return torch.cat(parts, dim=2)
 
     def sheet(self) -> np.ndarray:
-        return media.contact_sheet({name: np.stack(tiles) for name, tiles in self.tiles.items()})
+        return contact_sheet({name: np.stack(tiles) for name, tiles in self.tiles.items()})
 
     def __enter__(self) -> "Output":
         return self

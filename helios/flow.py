@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
-from checkpoint import read_config, read_json
+from files.checkpoint import read_config, read_json
 
 Velocity = Callable[[Tensor, float, int], Tensor]  # (latents, timestep, step in the stage) -> noise - data, any dtype
 
@@ -260,9 +260,6 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, zero_star: bool) -> Tensor
         fit = (c * u).sum(1) / (u.square().sum(1) + 1e-8)
         uncond = rearrange(fit, "b -> b 1 1 1 1") * uncond
     return uncond + scale * (cond - uncond)
-
-
-# ----------------------------------------------------------------------------------------------------------- training
 
 
 @dataclass(frozen=True)

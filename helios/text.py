@@ -20,6 +20,8 @@ from einops import rearrange
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
+from files.checkpoint import Network
+
 END = 1  # id of </s>; 0 is <pad>, and there is no token for the beginning
 
 
@@ -129,7 +131,7 @@ class Block(nn.Module):
         return x + feed_forward["DenseReluDense"](feed_forward["layer_norm"](x))
 
 
-class UMT5Encoder(nn.Module):
+class UMT5Encoder(Network):
     """Token ids [B, N] without padding -> last hidden state [B, N, d_model].
 
     In bf16 all weights are bf16; norms and softmax are fp32 inside and rounded once (officially a norm also before its
@@ -137,9 +139,8 @@ class UMT5Encoder(nn.Module):
     """
 
     Config = UMT5Config
-    fp32: tuple[str, ...] = ()
-    aliases: dict[str, str] = {"encoder.embed_tokens.weight": "shared.weight"}  # a file may hold either or both
-    ignored: tuple[str, ...] = ()
+    aliases = {"encoder.embed_tokens.weight": "shared.weight"}  # a file may hold either or both
+    streamed = "encoder.block", ()
 
     def __init__(self, config: UMT5Config):
         super().__init__()

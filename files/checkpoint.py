@@ -1,22 +1,22 @@
-"""Official files -> modules in memory: folders in the Hugging Face layout, and LoRA files.
+"""Safetensors and configs -> modules in memory, from folders in the Hugging Face layout.
 
-A network class brings its config (`Config`, a dataclass whose fields are the keys of config.json that matter), names its
-parameters as the checkpoint does, and lists what stays fp32 in a bf16 model (`fp32`), which other names a file may use
-(`aliases`) and which parts of a file it has no use for (`ignored`). It is built on the meta device and filled tensor by
-tensor by safetensors' own reader, straight to device and dtype, so that host memory never holds a second copy. Strict:
-whatever is missing, unexpected or mis-shaped is named. Nothing is ever unpickled.
+A `Network` brings its config (`Config`, a dataclass whose fields are the keys of config.json that matter) and names its
+parameters as the checkpoint does. It is built on the meta device and filled tensor by tensor by safetensors' own reader,
+straight to device and dtype, so that host memory never holds a second copy. Strict: whatever is missing, unexpected or
+mis-shaped is named. Nothing is ever unpickled.
 """
 
 import json
 import math
-import os
-import re
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 
 def open_safetensors(path: Path):
@@ -70,7 +70,36 @@ def weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"{folder}: no model.safetensors, diffusion_pytorch_model.safetensors or index of shards")
 
 
-def locate(module: nn.Module, files: list[Path]) -> dict[Path, dict[str, str]]:
+class Network(nn.Module):
+    """A module that knows how its checkpoint looks."""
+
+    Config: type
+    fp32: tuple[str, ...] = ()  # parts of names that stay fp32 in a bf16 model
+    aliases: dict[str, str] = {}  # other names that a file may use -> ours
+    ignored: tuple[str, ...] = ()  # beginnings of keys that a file has and we have no use for
+    fp8: tuple[str, ...] = ()  # ends of names of the weights that may be held in 8 bits
+    streamed: tuple[str, tuple[str, ...]] = "", ()  # a ModuleList, and parts of its blocks that are called by themselves
+
+
+N = TypeVar("N", bound=Network)
+
+
+class NoInitialisers(TorchFunctionMode):
+    """Initialisers do nothing: on the meta device they only take time, about a core-second for a large network."""
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return arguments[0] if arguments else (options or {})["tensor"]
+        return function(*arguments, **(options or {}))
+
+
+def on_meta(network: Callable[[], N]) -> N:
+    """A network without weights, built in milliseconds."""
+    with torch.device("meta"), NoInitialisers():
+        return network()
+
+
+def locate(module: Network, files: list[Path]) -> dict[Path, dict[str, str]]:
     """Which file holds each of a module's tensors, and under which key: file -> our name -> key.
 
     Strict: all names and shapes are compared before the first tensor is read, and every missing, unexpected or mis-shaped
@@ -97,12 +126,12 @@ def locate(module: nn.Module, files: list[Path]) -> dict[Path, dict[str, str]]:
     return places
 
 
-def kept_dtype(module: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+def kept_dtype(module: Network, name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a network's tensor in a model of `dtype`: `module.fp32` lists what stays fp32."""
     return torch.float32 if any(part in name for part in module.fp32) else dtype
 
 
-def take(tensor: Tensor, module: nn.Module, name: str, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def take(tensor: Tensor, module: Network, name: str, device: torch.device | str, dtype: torch.dtype) -> Tensor:
     """A tensor of a file in memory of its own, always: in a file numbers stand at odd addresses, which costs kernels time and
     the last bit of some results, and a file may change."""
     return tensor.to(device, kept_dtype(module, name, dtype), copy=True)
@@ -121,8 +150,7 @@ def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return (rows / scale.float()[:, None]).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
 
 
-def fill(module: nn.Module, files: list[Path], device: torch.device | str, dtype: torch.dtype,
-         fp8: tuple[str, ...] = ()) -> nn.Module:
+def fill(module: N, files: list[Path], device: torch.device | str, dtype: torch.dtype, fp8: tuple[str, ...] = ()) -> N:
     """Give a module built on the meta device its tensors, each read straight to its device and dtype; strict (`locate`).
     Weights whose names end in one of `fp8` are quantized, and their layers get the `scale`."""
     state = {}
@@ -138,27 +166,21 @@ def fill(module: nn.Module, files: list[Path], device: torch.device | str, dtype
     return module.requires_grad_(False).eval()
 
 
-def build(network: type[nn.Module], folder: Path) -> nn.Module:
+def build(network: type[N], folder: Path) -> N:
     """A network after `folder`/config.json, on the meta device."""
     config = read_config(network.Config, folder / "config.json")
     try:
-        with torch.device("meta"):
-            return network(config)
+        return on_meta(lambda: network(config))
     except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # negative sizes and the like
         reason = str(error).splitlines()[0]
         raise ValueError(f"{folder / 'config.json'}: no network can be built from it ({reason})") from None
 
 
-def load(network: type[nn.Module], folder: str | Path, device: torch.device | str = "cpu",
-         dtype: torch.dtype = torch.float32, fp8: tuple[str, ...] = ()) -> nn.Module:
+def load(network: type[N], folder: str | Path, device: torch.device | str = "cpu",
+         dtype: torch.dtype = torch.float32, fp8: tuple[str, ...] = ()) -> N:
     """Build `network` from `folder`/config.json and `fill` it from the folder's files."""
     folder = Path(folder)
     return fill(build(network, folder), weight_files(folder), device, dtype, fp8)
-
-
-def network_dtype(device: torch.device | str) -> torch.dtype:
-    """The one dtype policy: bf16 on CUDA (with the fp32 islands of each network), fp32 on the CPU."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def count_numbers(files: list[Path]) -> int:
@@ -168,80 +190,3 @@ def count_numbers(files: list[Path]) -> int:
         with open_safetensors(path) as file:
             total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())
     return total
-
-
-def free_memory(device: torch.device | str) -> int:
-    """Bytes that a device still has to give; 0 for the host where the system does not tell."""
-    if torch.device(device).type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
-
-
-@dataclass(frozen=True)
-class Lora:
-    """Low-rank updates by layer name: A [r, in], B [out, r], alpha / r."""
-
-    source: str
-    adapters: dict[str, tuple[Tensor, Tensor, float]]
-
-
-def load_lora(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Lora:
-    """Read a LoRA in any official format: keys `[transformer.]LAYER.lora_{A,B}.weight` in a .safetensors, or in a .pt, there
-    also under the key "peft".
-
-    alpha is taken equal to the rank (scale 1) unless the safetensors header carries PEFT's `lora_adapter_metadata`.
-    Raises ValueError for anything else, naming the keys.
-    """
-    path = Path(path)
-    tensors, metadata = read_lora_file(path)
-    settings = {key.removeprefix("transformer."): value for key, value in metadata.items()}
-    halves: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-    for key, tensor in tensors.items():
-        match = re.fullmatch(r"(?:transformer\.)?(.+)\.lora_([AB])\.weight", key)
-        if match is None or tensor.ndim != 2 or not tensor.numel() or not tensor.isfinite().all():
-            raise ValueError(f"{path}: {key} {list(tensor.shape)}, expected LAYER.lora_A.weight or LAYER.lora_B.weight,"
-                             " two dimensions, a rank of at least 1, finite numbers")
-        halves[match[2]][match[1]] = tensor.to(device, dtype, copy=True)
-    downs, ups = halves["A"], halves["B"]
-    if not downs or downs.keys() != ups.keys():
-        single = ", ".join(sorted(downs.keys() ^ ups.keys())) or "any layer"
-        raise ValueError(f"{path}: no pair of lora_A and lora_B for: {single}")
-    adapters, pattern = {}, settings.get("alpha_pattern") or {}
-    if not isinstance(pattern, dict):
-        raise ValueError(f"{path}: alpha_pattern is {pattern!r}, expected layers and numbers")
-    for name, down in downs.items():
-        alpha = pattern.get(name, settings.get("lora_alpha", len(down)))
-        if type(alpha) not in (int, float):
-            raise ValueError(f"{path}: alpha of {name} is {alpha!r}, expected a number")
-        adapters[name] = (down, ups[name], alpha / len(down))
-    return Lora(str(path), adapters)
-
-
-def read_lora_file(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """Tensors and PEFT settings of a LoRA file."""
-    if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            header = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-        try:
-            settings = json.loads(header)
-        except ValueError:
-            settings = None
-        if not isinstance(settings, dict):
-            raise ValueError(f"{path}: lora_adapter_metadata in its header is not a JSON object")
-        return tensors, settings
-    if path.suffix != ".pt":
-        raise ValueError(f"{path}: a LoRA is a .safetensors or .pt file")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # refuses every pickled object
-    except Exception:  # torch.load has no error class of its own for a broken or unsafe file
-        raise ValueError(f"{path}: not a readable .pt that holds nothing but tensors") from None
-    state = state.get("peft", state) if isinstance(state, dict) else state
-    pairs = state.items() if isinstance(state, dict) else [(None, None)]
-    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in pairs):
-        raise ValueError(f"{path}: expected a dictionary of tensors, or one under the key 'peft'")
-    return state, {}

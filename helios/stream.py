@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from checkpoint import build, kept_dtype, locate, open_safetensors, take, weight_files
+from files.checkpoint import N, build, kept_dtype, locate, open_safetensors, take, weight_files
 
 ALIGNMENT = 256  # bytes, as CUDA's own allocations are
 
@@ -81,8 +81,8 @@ class BlockStream:
             self.side.synchronize()
 
 
-def load_streamed(network: type[nn.Module], folder: str | Path, device: torch.device | str, dtype: torch.dtype,
-                  blocks: str, entries: tuple[str, ...] = ()) -> nn.Module:
+def load_streamed(network: type[N], folder: str | Path, device: torch.device | str, dtype: torch.dtype,
+                  blocks: str, entries: tuple[str, ...] = ()) -> N:
     """`checkpoint.load`, with the same errors at once, but for the ModuleList named `blocks`, which is streamed. `entries`
     names parts of a block that are also called by themselves: it is fetched before these too."""
     folder = Path(folder)

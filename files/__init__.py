@@ -1,0 +1,1 @@
+"""What touches the disk: pictures, videos, weights, and the folders that a run writes."""

@@ -1,0 +1,74 @@
+"""What the programs' command lines share: errors in one line, sizes, and how they are stopped."""
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from files.settings import setting_names
+
+
+def run_program(name: str, program: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Exit status 0; 2 and one line on stderr for bad input; 130 when the user stops it."""
+    try:
+        program(args)
+    except (ValueError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped, nothing written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    sides = [int(part) if part.isdecimal() and len(part) < 5 else 0 for part in (height, width)]
+    if not all(16 <= side <= 8192 and side % 2 == 0 for side in sides):
+        raise ValueError(f"--size {text!r}: expected HEIGHTxWIDTH, even numbers from 16 to 8192, as in 384x640")
+    return sides[0], sides[1]
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line. A name that only --set knows is answered with that spelling."""
+
+    def __init__(self, name: str, about: str, settings: object):
+        super().__init__(name, usage=argparse.SUPPRESS, description=about, allow_abbrev=False)
+        self.settings = settings
+        self.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=argparse.SUPPRESS)
+
+    def error(self, message: str):
+        names = setting_names(self.settings)
+        words = message.rpartition(": ")[2].split()
+        known = [word for word in words if word.lstrip("-").partition("=")[0].replace("-", "_") in names]
+        if "unrecognized" in message and known:
+            name = known[0].lstrip("-").partition("=")[0].replace("-", "_")
+            message = f"{known[0]}: expected --set {name}=VALUE"
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def existing(*paths: Path | None) -> list[Path]:
+    """Those that are given."""
+    return [path for path in paths if path is not None]
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Ctrl-C sets the event, so that no step is cut in two; a second one stops at once."""
+    asked = threading.Event()
+
+    def ask(number: int, frame: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        print("\nstopping after this step; Ctrl-C again stops at once, without saving")
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,1 @@
+"""Cameras, their paths, and the surface that one picture shows."""

@@ -1,0 +1,220 @@
+"""Cameras: the arithmetic of poses, paths made from words, and the error of one path against another.
+
+A path is a `CameraPath`: camera-to-world matrices [T,4,4] in OpenCV axes (x right, y down, z forward). Its unit is a
+tenth of the first frame's median depth, as officially, unless a file says "meter". Moves such as "forward 1, yaw -20" turn
+and travel like the buttons of the official web page, but "up" goes up. Relative poses, padding and windows are as officially.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+WINDOW = 33  # frames a chunk: 9 latent frames
+DEPTH = 10  # units in one median depth
+
+
+@dataclass(frozen=True)
+class CameraPath:
+    c2w: Tensor  # [T, 4, 4] float32
+    fps: float | None = None
+    fov_x: float | None = None  # horizontal field of view, degrees
+    unit: str = "depth"  # of the translations: "depth" (a tenth of the first frame's median depth) or "meter"
+
+
+def homogeneous(poses: Tensor, where: str = "camera poses") -> Tensor:
+    """[T,4,4], [T,3,4], or either with a leading batch of 1 -> [T,4,4]."""
+    rows = poses[0] if poses.ndim == 4 and len(poses) == 1 else poses
+    if rows.ndim != 3 or rows.shape[1:] not in ((3, 4), (4, 4)):
+        raise ValueError(f"{where}: shape {tuple(poses.shape)}, expected [T,4,4] or [T,3,4]")
+    last = rows.new_tensor([0, 0, 0, 1]).expand(len(rows), 1, 4)
+    return rows if rows.shape[1] == 4 else torch.cat([rows, last], dim=1)
+
+
+def inverse(poses: Tensor) -> Tensor:
+    """Rigid inverse of [...,4,4]; wrong for rotations that are not orthonormal (kept for parity)."""
+    result = poses.clone()
+    result[..., :3, :3] = rotation = poses[..., :3, :3].mT
+    result[..., :3, 3:] = -rotation @ poses[..., :3, 3:]
+    return result
+
+
+def normalize(poses: Tensor, frames: int) -> Tensor:
+    """Poses relative to the first, cut or padded with the last one -> [frames,4,4]."""
+    poses = homogeneous(poses)
+    index = torch.arange(frames, device=poses.device).clamp(max=len(poses) - 1)
+    return (inverse(poses[:1]) @ poses)[index]
+
+
+def scale_translation(poses: Tensor, scale: float) -> Tensor:
+    """[T,4,4] with translations times `scale`; comes before `normalize`."""
+    poses = poses.clone()
+    poses[:, :3, 3] *= scale
+    return poses
+
+
+def hold(poses: Tensor, length: int = WINDOW) -> Tensor:
+    """The poses [T,4,4] of a chunk; the last one holds if there are fewer than `length`, as officially."""
+    return poses[torch.arange(length).clamp(max=len(poses) - 1)]
+
+
+def quaternion(rotation: Tensor) -> Tensor:
+    """[...,3,3] -> unit quaternions [...,4], w first, w >= 0."""
+    xx, xy, xz, yx, yy, yz, zx, zy, zz = rotation.flatten(-2).unbind(-1)
+    outer = torch.stack([  # 4 q q^T: every row is q times one of its entries, and the largest entry divides best
+        1 + xx + yy + zz, zy - yz, xz - zx, yx - xy,
+        zy - yz, 1 + xx - yy - zz, xy + yx, xz + zx,
+        xz - zx, xy + yx, 1 - xx + yy - zz, yz + zy,
+        yx - xy, xz + zx, yz + zy, 1 - xx - yy + zz,
+    ], dim=-1).unflatten(-1, (4, 4))  # fmt: skip
+    best = outer.diagonal(dim1=-2, dim2=-1).argmax(-1, keepdim=True)
+    q = F.normalize(outer.take_along_dim(best[..., None], dim=-2).squeeze(-2), dim=-1)
+    return torch.where(q[..., :1] < 0, -q, q)
+
+
+def rigid(q: Tensor, translation: Tensor) -> Tensor:
+    """Unit quaternions [n,4], w first, and translations [n,3] -> poses [n,4,4]."""
+    q = q / q.norm(dim=-1, keepdim=True).clamp(0.99, 1.01)  # files have few digits; `check_poses` refuses worse
+    eye = torch.eye(3).to(q)[None]
+    cross = torch.linalg.cross(q[:, None, 1:], eye).mT  # times a vector: the cross product with it
+    rotation = (q * q).sum(-1)[:, None, None] * eye + 2 * q[:, :1, None] * cross + 2 * cross @ cross
+    return homogeneous(torch.cat([rotation, translation[:, :, None]], dim=-1))
+
+
+def resample(path: CameraPath, frames: int) -> CameraPath:
+    """The same way in `frames` evenly spaced poses: rotations by slerp, translations linear, both ends kept. The frame
+    rate stays, so the camera gets slower or faster."""
+    if frames < 2:
+        raise ValueError(f"a path can't be resampled to {frames} frames, expected at least 2")
+    c2w, last = path.c2w.double(), len(path.c2w) - 1
+    place = torch.linspace(0, last, frames, dtype=torch.float64, device=c2w.device)
+    index = place.long()
+    share = (place - index)[:, None]
+    here = c2w[index]
+    step = inverse(here) @ c2w[(index + 1).clamp(max=last)]
+    q = quaternion(step[:, :3, :3])
+    half = share * q[:, :1].clamp(max=1).acos()  # angle
+    q = torch.cat([half.cos(), half.sin() * F.normalize(q[:, 1:], dim=-1)], dim=-1)
+    return replace(path, c2w=(here @ rigid(q, share * step[:, :3, 3])).float())
+
+
+def retime(path: CameraPath, frames: int | None, fps: float | None, stretch: bool) -> tuple[CameraPath, int, float]:
+    """The path, length and frame rate of a video that follows `path`.
+
+    Without `stretch` the path's poses are its frames, whatever their rate: later the path is cut or its last pose held.
+    With it the whole path is resampled to `frames`, or, if they are not given, to the rate `fps` at its own speed.
+    """
+    rate = fps if fps is not None else path.fps if path.fps is not None else 16
+    if not 1 <= rate <= 240:
+        raise ValueError(f"--fps {rate:g}: expected a number from 1 to 240")
+    if frames is None:
+        speed = rate / path.fps if stretch and path.fps is not None else 1
+        frames = round((len(path.c2w) - 1) * speed) + 1
+    if frames < 1:
+        raise ValueError(f"--frames {frames}: expected at least 1")
+    return (resample(path, frames) if stretch else path), frames, rate
+
+
+def describe(path: CameraPath) -> str:
+    """How far the path goes and turns, added up from frame to frame."""
+    steps, unit = path.c2w.double().diff(dim=0), "meters" if path.unit == "meter" else "units"
+    turned = turn_degrees(path.c2w[1:, :3, :3].double(), path.c2w[:-1, :3, :3].double()).sum()
+    travelled = steps[:, :3, 3].norm(dim=-1).sum()
+    return f"{len(path.c2w)} poses, {travelled:.4g} {unit} travelled, {turned:.4g} degrees turned"
+
+
+def turn_degrees(a: Tensor, b: Tensor) -> Tensor:
+    """Angles [T] between rotations [T,3,3]; exact for small ones too, where the cosine is not."""
+    return 2 * ((a - b).norm(dim=(1, 2)) / math.sqrt(8)).clamp(max=1).asin().rad2deg()
+
+
+def path_error(estimated: Tensor, wanted: Tensor) -> dict[str, float]:
+    """How far a camera path is from the one wanted; both [T,4,4] camera-to-world, each of any origin and unit.
+
+    Both are made relative to their first pose, and the estimated translations are multiplied by the `scale`, not
+    below 0, that fits them best. Averages over the frames after the first: `rotation_degrees`, the angle between the
+    rotations; `translation`, the distance between the positions in the wanted path's unit; `translation_share`, that
+    distance over the wanted path's largest distance from its start (0 if it stays in place).
+    """
+    estimated, wanted = (normalize(path.cpu().double(), len(path)) for path in (estimated, wanted))
+    there, goal = estimated[1:, :3, 3], wanted[1:, :3, 3]
+    scale = max(((there * goal).sum() / there.square().sum().clamp(min=1e-30)).item(), 0.0)
+    distance, reach = (scale * there - goal).norm(dim=-1).mean().item(), goal.norm(dim=-1).max().item()
+    turned = turn_degrees(estimated[1:, :3, :3], wanted[1:, :3, :3]).mean().item()
+    return {"frames": len(wanted), "rotation_degrees": turned, "translation": distance,
+            "translation_share": distance / reach if reach else 0.0, "scale": scale}
+
+
+VERBS = {  # verb -> component of (x, y, z, yaw, pitch, roll, orbit, spiral), factor
+    "forward": (2, 1), "back": (2, -1), "right": (0, 1), "left": (0, -1),
+    "up": (1, -1), "down": (1, 1),  # y points down; the official web page has "rise" as +y, which goes down
+    "yaw": (3, 1), "pitch": (4, 1), "roll": (5, 1),  # right, up, clockwise
+    "dolly": (2, DEPTH), "truck": (0, DEPTH), "pan": (3, 1), "tilt": (4, 1), "orbit": (6, 1), "spiral": (7, 1),
+}
+
+
+def motion(start: Tensor, move: Tensor, progress: Tensor) -> Tensor:
+    """Poses [n,4,4] from `start` ([4,4] or [n,4,4]) at each `progress` [n] of `move` = (x, y, z, yaw, pitch, roll),
+    degrees, in the axes of the start. The rotation is Rz(roll) Ry(yaw) Rx(pitch), as in the official web page."""
+    delta = torch.eye(4, dtype=start.dtype).repeat(len(progress), 1, 1)
+    delta[:, :3, 3] = progress[:, None] * move[:3]
+    for (a, b), degrees in zip(((0, 1), (2, 0), (1, 2)), move[[5, 3, 4]].tolist()):  # planes of Rz, Ry, Rx
+        angle = progress * math.radians(degrees)
+        turn = torch.eye(4, dtype=start.dtype).repeat(len(progress), 1, 1)
+        turn[:, a, a], turn[:, a, b] = angle.cos(), -angle.sin()
+        turn[:, b, a], turn[:, b, b] = angle.sin(), angle.cos()
+        delta = delta @ turn
+    return start @ delta
+
+
+def circle(start: Tensor, orbit: Tensor, spiral: Tensor) -> Tensor:
+    """Poses [n,4,4] that look without roll at the point one median depth ahead of `start` [4,4], after each `orbit` [n]
+    around it to the right and `spiral` [n] around the line to it, from the right clockwise, 2 units wider a turn."""
+    orbit, turn, radius = orbit.deg2rad(), spiral.deg2rad(), spiral.abs() / 180
+    place = torch.stack([radius * turn.cos() + DEPTH * orbit.sin(), radius * turn.sin(), DEPTH * (1 - orbit.cos())], -1)
+    z = F.normalize(place.new_tensor([0, 0, DEPTH]) - place, dim=-1)
+    x = F.normalize(torch.linalg.cross(place.new_tensor([[0, 1, 0]]), z), dim=-1)
+    return start @ homogeneous(torch.stack([x, torch.linalg.cross(z, x), z, place], dim=-1))
+
+
+def parse_move(text: str) -> Tensor:
+    """One chunk's words, "forward 1 + yaw 20" -> the components of `VERBS`."""
+    move = torch.zeros(8, dtype=torch.float64)
+    for phrase in map(str.strip, text.split("+")):
+        verb, *words = phrase.split() or [""]
+        if phrase == "hold":
+            continue
+        if verb not in VERBS:
+            raise ValueError(f"move {phrase!r}: unknown verb {verb!r}, expected {', '.join(VERBS)}, or hold alone")
+        try:
+            (amount,) = map(float, words)
+        except ValueError:
+            amount = math.nan
+        if not abs(amount) < 1e4:
+            raise ValueError(f"move {phrase!r}: expected one number below 10000 after {verb!r}, as in '{verb} 1'")
+        component, factor = VERBS[verb]
+        move[component] += factor * amount
+    return move
+
+
+def move_path(text: str, length: int = WINDOW) -> Tensor:
+    """Moves such as "forward 1, yaw -20 + up 0.5, hold", one chunk each -> [length * n, 4, 4]. Lengths are in units (a
+    tenth of the first frame's median depth), of dolly and truck in depths, angles in degrees. Every chunk starts and
+    stops smoothly and goes on from the end of the one before. Raises ValueError naming the word."""
+    poses, start = [], torch.eye(4, dtype=torch.float64)
+    for chunk, phrase in enumerate(text.split(",")):
+        progress = torch.linspace(0 if chunk == 0 else 1 / length, 1, length, dtype=torch.float64)
+        progress, move = progress**2 * (3 - 2 * progress), parse_move(phrase)
+        poses.append(motion(circle(start, progress * move[6], progress * move[7]), move[:6], progress))
+        start = poses[-1][-1]
+    return torch.cat(poses).float()
+
+
+def choose_fov(given: float | None, path: CameraPath) -> float:
+    """The horizontal field of view in degrees: the user's, else the path file's, else 55."""
+    fov_x = given if given is not None else path.fov_x if path.fov_x is not None else 55.0
+    if not 1 <= fov_x <= 179:
+        raise ValueError(f"--fov {fov_x:g}: expected degrees from 1 to 179")
+    return fov_x

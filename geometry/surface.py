@@ -1,0 +1,241 @@
+"""What one picture shows of a scene: `Geometry`, from Pi3X or a depth map, and where its surface breaks.
+
+Conventions: camera-to-world, OpenCV axes (x right, y down, z forward), pixel centres at integers, K in pixels.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL.Image import Image
+from torch import Tensor
+
+from files.media import fit_image, kept_share, to_u8
+from geometry.pi3x import Pi3X, focal_from_rays
+
+PATCH, PIXEL_LIMIT = 14, 255_000  # geometry maps have the input size of Pi3X
+MIN_CONFIDENCE = 0.1
+
+
+class NoSurface(ValueError):
+    """A geometry from which nothing can be rendered."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What is known of one picture's scene; all maps at `geometry_size`, which is not the video size."""
+
+    points: Tensor  # [H, W, 3] world
+    depth: Tensor  # [H, W] z in the camera
+    confidence: Tensor  # [H, W] 0..1
+    valid: Tensor  # [H, W] bool: confident, finite, and not on a depth edge
+    K: Tensor  # [3, 3]
+    c2w: Tensor  # [4, 4]
+    rgb: Tensor  # [H, W, 3] uint8
+
+    def has_depth(self) -> Tensor:
+        return self.depth.isfinite() & (self.depth > 0)
+
+
+def geometry_size(height: int, width: int, limit: int = PIXEL_LIMIT) -> tuple[int, int]:
+    """Multiples of 14 near the aspect ratio with at most `limit` pixels (Pi3X input size) -> height, width."""
+    scale = math.sqrt(limit / (height * width))
+    rows, columns = round(height * scale / PATCH), round(width * scale / PATCH)
+    while rows * columns * PATCH**2 > limit:
+        if columns / max(rows, 1) > (width * scale) / max(height * scale, 1):
+            columns -= 1
+        else:
+            rows -= 1
+    return PATCH * max(rows, 1), PATCH * max(columns, 1)
+
+
+def map_size(height: int, width: int) -> tuple[int, int]:
+    """`geometry_size` where nothing official decides: 16 points for each of a thumbnail's pixels are as good as more."""
+    return geometry_size(height, width, min(PIXEL_LIMIT, 16 * height * width))
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B,C,h,w] -> [B,C,H,W], bilinear without antialiasing."""
+    return F.interpolate(images, size, mode="bilinear", align_corners=False)
+
+
+def pinhole(fov_x: float, height: int, width: int) -> Tensor:
+    """[3,3] of a centred camera with square pixels and the horizontal field of view `fov_x` in degrees."""
+    focal = width / 2 / math.tan(math.radians(fov_x) / 2)
+    return torch.tensor([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+
+
+def stretch(K: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """`K` [...,3,3] of a picture of the `old` size (H, W) after it was resized to the `new` one."""
+    factors = torch.tensor([new[1] / old[1], new[0] / old[0], 1.0])
+    K = factors[:, None] * K
+    K[..., :2, 2] += (factors[:2] - 1) / 2  # pixel centres are integers, so the corner is at -1/2
+    return K
+
+
+def unproject(depth: Tensor, K: Tensor, c2w: Tensor) -> Tensor:
+    """World points [H,W,3] of a depth map [H,W]."""
+    rows, columns = (torch.arange(n, device=depth.device, dtype=depth.dtype) for n in depth.shape)
+    (fx, _, cx), (_, fy, cy), _ = K.tolist()
+    x, y = (columns - cx) / fx * depth, (rows[:, None] - cy) / fy * depth
+    return torch.stack(transform(c2w, x, y, depth), dim=-1)
+
+
+def transform(pose: Tensor, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
+    """Points through a pose. Not a matmul, which may use TF32 on CUDA; `add` with `alpha` is a fused multiply-add and
+    so rounds like the official matrix product, which decides between equally deep samples."""
+    return [(a * x).add_(y, alpha=b).add_(z, alpha=c).add_(t) for a, b, c, t in pose[:3].tolist()]
+
+
+def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor | None = None) -> Geometry:
+    """From `image` [1,3,H,W] in [-1,1], its `depth` [h,w] (unknown: not finite or not positive), `K` in its pixels. The
+    colours are those of a larger copy of the image, if given: edges in them and in the depth then fall together."""
+    height, width = image.shape[-2:]
+    size = map_size(height, width)
+    known = depth.isfinite() & (depth > 0)
+    weight = resize(known.float()[None, None], size)[0, 0]
+    depth = resize(torch.where(known, depth, 0)[None, None], size)[0, 0] / weight  # unknown neighbours don't count
+    K = stretch(K.cpu(), (height, width), size)
+    c2w = torch.eye(4)
+    valid = weight >= 0.5
+    depth = torch.where(valid, depth, 0)
+    points = unproject(depth, K, c2w)
+    valid = valid & ~mesh_break(points, depth, valid)
+    colors = (image if sharp is None else sharp) / 2 + 0.5
+    rgb = rearrange(to_u8(resize(colors.clamp(0, 1), size)), "1 c h w -> h w c")
+    return ensure_valid(Geometry(points, depth, torch.ones_like(depth), valid, K, c2w, rgb))
+
+
+def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, int],
+          device: torch.device | str = "cpu") -> tuple[Tensor, Geometry]:
+    """A picture centre-cropped to the video `size`, [1,3,H,W] in [-1,1], and its geometry.
+
+    `depth` [h,w] (None: a plane at depth 1) and the horizontal `fov_x` in degrees are those of the whole picture.
+    """
+    image = fit_image(picture, size).to(device)
+    rows, columns = kept_share(picture, size)
+    depth = torch.ones(1, 1) if depth is None else depth
+    top, left = (round(n * (1 - share) / 2) for n, share in zip(depth.shape, (rows, columns)))
+    depth = depth[top : len(depth) - top, left : depth.shape[1] - left].to(device)
+    fov_x = 2 * math.degrees(math.atan(math.tan(math.radians(fov_x) / 2) * columns))
+    factor = max(1, round(map_size(*size)[0] / size[0]))  # 1 but for thumbnails
+    sharp = fit_image(picture, (factor * size[0], factor * size[1])).to(device)
+    return image, geometry_from_depth(image, depth, pinhole(fov_x, *size), sharp)
+
+
+@torch.no_grad()
+def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None) -> list[Geometry]:
+    """One joint run over `images`, each [1,3,H,W] in [-1,1] -> a geometry each, in one world, on the network's device.
+
+    The maps have at most `limit` pixels (None: the official number) and the aspect of the latest image. Without a given
+    limit a small network sees fewer, and its maps are enlarged: on coarse ones every floor is a depth edge. `valid` may
+    come out empty: `ensure_valid` is left to the caller, because the scale is aligned before it.
+    """
+
+    def show(size: tuple[int, int]) -> Tensor:
+        pictures = torch.cat([resize((image / 2 + 0.5).clamp(0, 1), size) for image in images])
+        return pictures.to(network.image_mean.device)
+
+    shape = images[-1].shape[-2:]
+    size = seen = geometry_size(*shape, PIXEL_LIMIT if limit is None else limit)
+    if limit is None and network.config.pixels < PIXEL_LIMIT:
+        size, seen = map_size(*shape), geometry_size(*shape, network.config.pixels)
+    prediction = network(show(seen)[None])
+    colors = rearrange(to_u8(show(size)), "n c h w -> n h w c")
+    intrinsics, poses = focal_from_rays(prediction.local_points[0]).cpu(), prediction.c2w[0].cpu()
+    maps = prediction.points[0], prediction.local_points[0], prediction.confidence[0].sigmoid()
+    if seen != size:
+        intrinsics = stretch(intrinsics, seen, size)
+        depths, confidences = (resize(x[:, None], size)[:, 0] for x in (maps[1][..., 2], maps[2]))
+        points, local = (torch.stack([unproject(*each) for each in zip(depths, intrinsics, cameras)])
+                         for cameras in (poses, torch.eye(4).expand_as(poses)))
+        maps = points, local, confidences
+    geometries = []
+    for points, local, confidence, K, c2w, rgb in zip(*maps, intrinsics, poses, colors):
+        depth = local[..., 2]
+        valid = (confidence > MIN_CONFIDENCE) & local.isfinite().all(-1) & (depth > 0)
+        valid = valid & ~mesh_break(points, depth, valid)
+        geometries.append(Geometry(points, depth, confidence, valid, K, c2w, rgb))
+    return geometries
+
+
+def keep_confident(geometry: Geometry, percent: float) -> Geometry:
+    """`valid` becomes the most confident `percent` of the pixels with a depth (and all that tie with the last of them);
+    their confidence is raised to pass the threshold."""
+    candidates = geometry.has_depth() & geometry.points.isfinite().all(-1) & geometry.confidence.isfinite()
+    if not candidates.any():
+        candidates = geometry.has_depth()
+    scores = torch.where(candidates, geometry.confidence.nan_to_num(nan=-torch.inf), -torch.inf)
+    keep = max(1, math.ceil(candidates.sum().item() * percent / 100))
+    valid = candidates & (scores >= scores.flatten().sort(descending=True).values[keep - 1])
+    confidence = torch.where(valid, scores.clamp(min=MIN_CONFIDENCE + 0.001), geometry.confidence)
+    return replace(geometry, valid=valid, confidence=confidence)
+
+
+def ensure_valid(geometry: Geometry) -> Geometry:
+    """The geometry itself, or with the most confident 5 % valid if nothing valid has a depth."""
+    return geometry if (geometry.valid & geometry.has_depth()).any() else keep_confident(geometry, 5)
+
+
+def median_depth(geometry: Geometry) -> float:
+    """Of the valid pixels with a depth; of all with a depth if there are none; 1 without any depth."""
+    mask = geometry.valid & geometry.has_depth()
+    values = geometry.depth[mask if mask.any() else geometry.has_depth()].sort().values
+    return ((values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2).item() if len(values) else 1.0
+
+
+def max_pool(x: Tensor, size: int) -> Tensor:
+    """Maximum over a size x size window of [H,W], ignoring the outside."""
+    rows = F.max_pool2d(x[None, None], (size, 1), 1, (size // 2, 0))
+    return F.max_pool2d(rows, (1, size), 1, (0, size // 2))[0, 0]
+
+
+def shift(x: Tensor, dy: int, dx: int) -> Tensor:
+    """The neighbour at (y + dy, x + dx) of every pixel of [...,H,W]; 0 outside."""
+    height, width = x.shape[-2:]
+    return F.pad(x, (1, 1, 1, 1))[..., 1 + dy : 1 + dy + height, 1 + dx : 1 + dx + width]
+
+
+def surface_normals(points: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit normals [3,H,W] from the four triangles around each pixel, and where there is one [H,W]; elsewhere 0."""
+    center = rearrange(points, "h w c -> c h w")
+    usable = valid & points.isfinite().all(-1)
+    around = [(-1, 0), (0, -1), (1, 0), (0, 1), (-1, 0)]  # up, left, down, right, up
+    arms = [(shift(center, *step) - center, shift(usable, *step) & usable) for step in around]
+    total, known = torch.zeros_like(center), torch.zeros_like(usable)
+    for (first, first_usable), (second, second_usable) in pairwise(arms):
+        triangle = first_usable & second_usable
+        normal = torch.linalg.cross(first, second, dim=0)
+        total += torch.where(triangle, normal / (normal.norm(dim=0) + 1e-12), 0)
+        known |= triangle
+    return total / (total.norm(dim=0) + 1e-12), known
+
+
+def depth_edges(depth: Tensor, valid: Tensor, rtol: float) -> Tensor:
+    """Where the depth varies by more than `rtol` of the centre within 3x3 valid pixels."""
+    known = valid & ~depth.isnan()
+    spread = max_pool(torch.where(known, depth, -torch.inf), 3) + max_pool(torch.where(known, -depth, -torch.inf), 3)
+    return valid & (spread / depth > rtol)
+
+
+def normal_edges(normals: Tensor, known: Tensor, degrees: float) -> Tensor:
+    """Where, within 3x3 pixels, one's normal turns by more than `degrees` to a 3x3 neighbour's.
+
+    Kept for parity: a pixel without a normal has the zero vector, at 90 degrees to every neighbour that has one.
+    """
+    cosine = torch.ones_like(normals[0])
+    for dy in (-1, 0, 1):
+        for dx in (-1, 0, 1):
+            dot = (normals * shift(normals, dy, dx)).sum(0)
+            cosine = torch.where(shift(known, dy, dx), torch.minimum(cosine, dot), cosine)
+    angle = max_pool(cosine.clamp(-1, 1).arccos(), 3)
+    return known & (angle > math.radians(degrees))
+
+
+def mesh_break(points: Tensor, depth: Tensor, valid: Tensor, rtol: float = 0.03, degrees: float = 5.0) -> Tensor:
+    """Valid pixels on a depth edge that is also a normal edge: the surface is torn there. [H,W] bool."""
+    normals, known = surface_normals(points, valid)
+    return depth_edges(depth, valid, rtol) & normal_edges(normals, known, degrees)

@@ -1,0 +1,121 @@
+"""A whole folder of weights in the official layout: networks, prompts, and what lies beside them.
+
+`memory` says how weights are held: "full" on the device, "fp8" with the transformer's big layers in 8 bits, "stream" with
+the blocks of transformer and text encoder left in their files (stream.py). The transformer's class is an argument, since
+model.py stands above this room.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from files.checkpoint import Network, load
+from files.machine import network_dtype
+from helios.flow import Schedule, load_schedule
+from helios.index import read_index
+from helios.stream import load_streamed
+from helios.text import Tokenizer, UMT5Encoder, encode_prompt
+from helios.vae import VAE
+
+MEMORY = ("full", "fp8", "stream")
+ROOT = Path(__file__).parents[1] / "weights"
+TRIGGER = "camctl23x."
+NEGATIVE_PROMPT = (  # of the guided models; the one that Wan and Helios were tuned with
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall gray,"
+    " worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, poorly"
+    " drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three legs, many"
+    " people in the background, walking backwards")
+
+N = TypeVar("N", bound=Network)
+
+
+@dataclass(frozen=True)
+class Models(Generic[N]):
+    transformer: N
+    vae: VAE
+    schedule: Schedule
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Embeddings [1, 512, text_dim] (fewer rows if the model was made for fewer)."""
+
+    plain: Tensor
+    trigger: Tensor | None = None  # for the LoRA's stage
+    negative: Tensor | None = None  # for guidance above 1
+
+
+def load_network(network: type[N], folder: Path, device: torch.device | str, memory: str = "full") -> N:
+    """A network in the device's dtype, its weights held as `memory` says."""
+    dtype = network_dtype(device)
+    if memory == "stream":
+        blocks, entries = network.streamed
+        return load_streamed(network, folder, device, dtype, blocks, entries)
+    return load(network, folder, device, dtype, fp8=network.fp8 if memory == "fp8" else ())
+
+
+def load_models(transformer: type[N], weights: Path, device: torch.device | str, memory: str = "full") -> Models[N]:
+    """Transformer, VAE (in fp32) and schedule. In the transformer's blocks lies all but 4 % of the memory that weights need."""
+    schedule = load_schedule(weights)
+    vae = load(VAE, weights / "vae", device)
+    return Models(load_network(transformer, weights / "transformer", device, memory), vae, schedule)
+
+
+def size_multiple(schedule: Schedule) -> int:
+    """Height and width must be multiples of this: the first stage's latents have to fill whole patches of 2."""
+    return 8 * 2 * 2 ** (schedule.stages - 1)
+
+
+# ------------------------------------------------------------------------------------------------------------- prompts
+
+
+def add_trigger(prompt: str) -> str:
+    """The prompt of the LoRA's stage; one that has the trigger already stays."""
+    prompt = prompt.strip()
+    return prompt if prompt.startswith(TRIGGER) else f"{TRIGGER} {prompt}".strip()
+
+
+def embed_prompts(weights: Path, prompts: Iterable[str], device: torch.device | str,
+                  memory: str = "full") -> dict[str, Tensor]:
+    """Load the text encoder, embed every prompt, and let it go again, before anything else needs the memory."""
+    tokenizer = Tokenizer(weights / "tokenizer")
+    encoder = load_network(UMT5Encoder, weights / "text_encoder", device, memory)
+    rows = read_index(weights).max_sequence_length
+    return {prompt: encode_prompt(tokenizer, encoder, prompt, rows) for prompt in prompts}
+
+
+def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device: torch.device | str,
+                   memory: str = "full", negative: str = NEGATIVE_PROMPT) -> Prompts:
+    """What one run needs of the text encoder."""
+    trigger = add_trigger(prompt) if lora else None
+    unwanted = negative if guided else None
+    wanted = [each for each in (prompt, trigger, unwanted) if each is not None]
+    embedded = embed_prompts(weights, wanted, device, memory)
+    others = (None if each is None else embedded[each] for each in (trigger, unwanted))
+    return Prompts(embedded[prompt], *others)
+
+
+# ------------------------------------------------------------------------------------------------- what lies beside them
+
+
+def default_weights() -> Path:
+    """The released model if it has been downloaded, else the miniature that comes with the code."""
+    released = ROOT / "Helios-Distilled"
+    return released if released.is_dir() else ROOT / "mini"
+
+
+def find_lora(choice: str, weights: Path, led: bool) -> Path | None:
+    """The LoRA file to use. It belongs to runs that a warp leads; plain Helios runs without."""
+    word = choice.lower()
+    if word in ("off", "none", "no", "false", "null", "0", "") or (word == "auto" and not led):
+        return None
+    if word == "auto":
+        released = weights.parent / "warp-as-history" / "visible_lora_state_step1000.safetensors"
+        return next((path for path in (weights / "lora.safetensors", released) if path.is_file()), None)
+    if not led:
+        raise ValueError("--lora needs a camera: --poses, --move or --warp")
+    return Path(choice)
