@@ -6,8 +6,8 @@
 The released models, scaled in width and depth, with random weights that both sides share (tests/peers.py). A row runs
 ours, the peer, ours, the peer, ... in one process, so that a drift of the machine hits both, and takes medians;
 outputs of the first round are compared, and the program stops if they differ. TFLOP are those of our matrix products; a
-peer may do more. `--meta` counts the released transformer and runs nothing. CUDA takes the same lines in bf16 (the VAE in
-fp32), untested; OMP_NUM_THREADS sets the threads of a CPU.
+peer may do more. `--meta` counts the released transformer and runs nothing. CUDA takes the same lines in bf16 (the
+VAE in fp32), untested; OMP_NUM_THREADS sets the threads of a CPU.
 """
 
 import argparse

@@ -116,7 +116,8 @@ def item_order(count: int, seed: int) -> Iterator[int]:
 
 
 def change_form(video: Tensor, form: int) -> Tensor:
-    """A form of a video [B, C, T, H, W]: 0 is the video itself, odd ones are mirrored; colours are exchanged, if any."""
+    """A form of a video [B, C, T, H, W]: 0 is the video itself, odd ones are mirrored; colours are exchanged, if
+    any."""
     orders = list(permutations(range(3)))
     video = video[:, orders[form // 2]] if video.shape[1] == 3 else video
     return video.flip(-1) if form % 2 else video
@@ -344,8 +345,8 @@ class Conditions:
 
 def load_clips(sources: list[Source], known: list[tuple[Path, Path]], pi3x: Path | None, estimate_all: bool,
                size: tuple[int, int], pixels: int, folder: Path, device: str) -> list[Clip]:
-    """The videos with their geometry, kept in `folder`: from the `known` poses and depths, one pair a video, from files beside
-    the video unless `estimate_all`, or by the network in the file `pi3x`."""
+    """The videos with their geometry, kept in `folder`: from the `known` poses and depths, one pair a video, from
+    files beside the video unless `estimate_all`, or by the network in the file `pi3x`."""
     given = known or [None if estimate_all else files_beside(source.video) for source in sources]
     if None in given and pi3x is None:
         raise ValueError("no geometry: give the Pi3X weights (--geometry FILE; weights/README.md says where they are),"

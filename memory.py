@@ -3,8 +3,8 @@
 The first chunk's warp is the first frame's alone (render.py). Before a later chunk Pi3X sees the first frame and the
 last one of every chunk so far together. Their focal lengths are smoothed, the scale is aligned with the first estimate
 and all are splatted into the new views, the latest densely; behind them lies a panorama of the keyframes' far pixels.
-Both classes are the state of one rollout, the rest are plain functions. Reproduced: the official pipeline's memory, also
-switched off (`keyframes=1`). Left out: target intrinsics, which the official code ignores with Pi3X keyframes.
+Both classes are the state of one rollout, the rest are plain functions. Reproduced: the official pipeline's memory,
+also switched off (`keyframes=1`). Left out: target intrinsics, which the official code ignores with Pi3X keyframes.
 """
 
 import math
@@ -18,10 +18,18 @@ from torch import Tensor
 from files.media import quantize
 from geometry.camera import WINDOW, hold, normalize, scale_translation
 from geometry.pi3x import Pi3X
-from geometry.surface import (MIN_CONFIDENCE, Geometry, NoSurface, ensure_valid, estimate, median_depth, resize,
-                              transform, unproject)
+from geometry.surface import (
+    MIN_CONFIDENCE,
+    Geometry,
+    NoSurface,
+    ensure_valid,
+    estimate,
+    median_depth,
+    resize,
+    transform,
+    unproject,
+)
 from render import RenderSettings, Samples, Warp, collect, render, render_samples, surface_samples
-
 
 ATLAS = (384, 768)  # rows from straight up to straight down, columns all around
 
@@ -272,6 +280,7 @@ class Memory:
         device = self.images[0].device
         self.reference = Geometry(**{name: state[f"reference.{name}"].to(value.device)
                                      for name, value in vars(self.reference).items()})
-        self.images = [state[f"image.{index}"].to(device) for index in range(sum(key.startswith("image.") for key in state))]
+        count = sum(key.startswith("image.") for key in state)
+        self.images = [state[f"image.{index}"].to(device) for index in range(count)]
         self.unit, self.chunk = state["unit"].item(), int(state["chunk"])
         self.pose, self.end = state.get("pose"), state.get("end")

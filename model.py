@@ -5,12 +5,12 @@ history tokens: a short band at full detail and a mid and a long band that are p
 adds no layer to it. It only decides which latents enter the short band, which time indices their rotary embedding gets,
 and which of their tokens are dropped (`Band`, `History`; the decisions are made in wah.py).
 
-`Helios.context` and `Helios.text` prepare all that does not depend on the noisy latents, once per pyramid stage and prompt;
-`Helios.forward` is then one denoising step. History and target tokens travel as two segments, since each has its own
-modulation (history is always "at t = 0"). Module names are the checkpoint's names, so no key map exists.
-For training, `checkpointing` keeps of a block its inputs alone, and with `keep_attention` also what its attention gave
-(small, and most of a block's time), and runs the rest again in the backward pass.
-Left out: options that no released recipe uses (key boosts, learned rotary offsets, a replacement for dropped tokens).
+`Helios.context` and `Helios.text` prepare all that does not depend on the noisy latents, once per pyramid stage and
+prompt; `Helios.forward` is then one denoising step. History and target tokens travel as two segments, since each has
+its own modulation (history is always "at t = 0"). Module names are the checkpoint's names, so no key map exists. For
+training, `checkpointing` keeps of a block its inputs alone, and with `keep_attention` also what its attention gave
+(small, and most of a block's time), and runs the rest again in the backward pass. Left out: options that no released
+recipe uses (key boosts, learned rotary offsets, a replacement for dropped tokens).
 """
 
 import math
@@ -181,7 +181,8 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q, self.norm_k = nn.RMSNorm(dim, config.eps), nn.RMSNorm(dim, config.eps)
         if amplify:
-            self.history_key_scale = nn.Parameter(torch.empty(self.heads if config.history_scale_mode == "per_head" else 1))
+            count = self.heads if config.history_scale_mode == "per_head" else 1
+            self.history_key_scale = nn.Parameter(torch.empty(count))
         self.amplify = amplify
 
     def split(self, x: Tensor) -> Tensor:
@@ -338,7 +339,7 @@ class Helios(Network):
         return self.proj_out.weight.dtype
 
     def band_tokens(self, band: Band, conv: nn.Conv3d, grid: tuple[int, int], scale: int, threshold: float):
-        """Embedded visible tokens [B, N, D] of a band and their rotations [N, head_dim / 2]; `grid` is the short band's."""
+        """Visible tokens [B, N, D] of a band and their rotations [N, head_dim / 2], `grid` the short one's."""
         latents, rope = band.latents.to(self.dtype), rope_table(band.indices, *grid, self.config)
         if scale > 1:
             latents, rope = pad_to_multiple(latents, conv.kernel_size), pooled_rope(rope, (scale,) * 3)
@@ -369,15 +370,15 @@ class Helios(Network):
                        rope=torch.cat([rope for _, rope in parts] + [target])[:, None])
 
     def text(self, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Prompt embeddings [B, L, text_dim] -> keys and values of every block. All L rows count: the zero rows after the
-        prompt are embedded and attended too, as in training."""
+        """Prompt embeddings [B, L, text_dim] -> keys and values of every block. All L rows count: the zero rows after
+        the prompt are embedded and attended too, as in training."""
         embedder = self.condition_embedder.text_embedder
         hidden = F.gelu(embedder.linear_1(embeddings.to(self.dtype)), approximate="tanh")
         hidden = embedder.linear_2(hidden)
         return [block.attn2.keys_values(hidden) for block in self.blocks]
 
     def time(self, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """[B] -> embedding [B, 1, D] and the blocks' modulation [B, 6, D]: shift, scale, gate of attention, then of FFN."""
+        """[B] -> embedding [B, 1, D] and the blocks' modulation [B, 6, D]: shift, scale, gate of attention, of FFN."""
         embedder = self.condition_embedder.time_embedder
         hidden = sinusoid(timestep, self.config.freq_dim)
         embedding = embedder.linear_2(F.silu(embedder.linear_1(hidden))).to(self.dtype)
@@ -430,7 +431,8 @@ class Helios(Network):
     def compile_blocks(self) -> None:
         """Compile every block by itself, as one graph without breaks; embeddings and histories stay as they are."""
         for block in self.blocks:
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)  # what is hooked before a block stays outside
+            # of the forward alone: what is hooked before a block stays outside
+            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=True)
 
     def set_lora(self, lora: Lora | None) -> None:
         """Attach a LoRA to its layers, or detach whatever is attached (None). Raises ValueError naming each misfit."""

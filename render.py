@@ -1,10 +1,10 @@
 """The splat renderer: first-frame geometry + camera poses -> warped frames + visibility.
 
 The video model is conditioned on how the first frame would look from the new cameras (pseudo-history). Here are
-geometry from Pi3X or a depth map, dense samples of its surface, the z-buffer splat and the filling of pinholes: the same
-8-bit frames as the official CPU renderer, on CPU and CUDA, deterministic. As a program it previews a camera path.
-Left out: several keyframes and their background, which are in memory.py. Conventions: camera-to-world, OpenCV axes (x
-right, y down, z forward), pixel centres at integers, K in pixels.
+geometry from Pi3X or a depth map, dense samples of its surface, the z-buffer splat and the filling of pinholes: the
+same 8-bit frames as the official CPU renderer, on CPU and CUDA, deterministic. As a program it previews a camera
+path. Left out: several keyframes and their background, which are in memory.py. Conventions: camera-to-world, OpenCV
+axes (x right, y down, z forward), pixel centres at integers, K in pixels.
 """
 
 import argparse
@@ -24,13 +24,34 @@ from files.draw import contact_sheet, evenly_spaced, plan, save_ply, save_png
 from files.media import fit_image, load_depth, load_image, resize_frames, to_u8
 from files.video import VideoWriter
 from files.writing import beside, replacing
-from geometry.camera import (VERBS, CameraPath, choose_fov, describe, inverse, move_path, normalize, retime,
-                             scale_translation)
+from geometry.camera import (
+    VERBS,
+    CameraPath,
+    choose_fov,
+    describe,
+    inverse,
+    move_path,
+    normalize,
+    retime,
+    scale_translation,
+)
 from geometry.paths import load_path
 from geometry.pi3x import load_pi3x
-from geometry.surface import (MIN_CONFIDENCE, Geometry, NoSurface, ensure_valid, estimate, keep_confident, max_pool,
-                              median_depth, mesh_break, place, resize, transform, unproject)
-
+from geometry.surface import (
+    MIN_CONFIDENCE,
+    Geometry,
+    NoSurface,
+    ensure_valid,
+    estimate,
+    keep_confident,
+    max_pool,
+    median_depth,
+    mesh_break,
+    place,
+    resize,
+    transform,
+    unproject,
+)
 
 NEAR = 1e-4
 NOTHING, LOW_32 = 2**63 - 1, 2**32 - 1  # z-buffer entry of a pixel without a sample; the bits of the index
@@ -211,8 +232,8 @@ def compose(rgb: Tensor, visible: Tensor, background: Tensor) -> Tensor:
 
 def render_samples(samples: Samples, source: Geometry, poses: Tensor, settings: RenderSettings, intrinsics: Tensor,
                    backdrop: Backdrop | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The frames of `render_frames`, from samples that need not all be of `source`, whose camera and picture lead. Pixels
-    that no sample reaches show the `backdrop` and count as visible, where it is known."""
+    """The frames of `render_frames`, from samples that need not all be of `source`, whose camera and picture lead.
+    Pixels that no sample reaches show the `backdrop` and count as visible, where it is known."""
     poses, intrinsics, source_pose = poses.cpu(), intrinsics.cpu(), source.c2w.cpu()  # a device would stall every frame
     mean = source.rgb.double().mean((0, 1)).round().to(torch.uint8)
     fill = mean if settings.mean_fill else torch.zeros_like(mean)
@@ -266,8 +287,8 @@ def render(geometry: Geometry, poses: Tensor, size: tuple[int, int], settings: R
 
 
 def make_warp(frames: np.ndarray, mask: np.ndarray | None, size: tuple[int, int]) -> Warp:
-    """A warp from pictures: `frames` [T, h, w, 3] uint8; `mask` [T', h', w'] in 0..1, None for all visible. Resized as the
-    official code does it: frames with Pillow's bilinear filter, the mask trilinearly, so also in time."""
+    """A warp from pictures: `frames` [T, h, w, 3] uint8; `mask` [T', h', w'] in 0..1, None for all visible. Resized
+    as the official code does it: frames with Pillow's bilinear filter, the mask trilinearly, so also in time."""
     video = rearrange(torch.from_numpy(resize_frames(frames, size)), "t h w c -> 1 c t h w") / 255 * 2 - 1
     if mask is None:
         return Warp(video, torch.ones_like(video[:, :1]))
@@ -279,7 +300,8 @@ def resize_volume(x: Tensor, size: torch.Size) -> Tensor:
 
 
 def draw_path(geometry: Geometry, poses: Tensor) -> np.ndarray:
-    """The scene and a path [T,4,4] in it, both in the picture's camera, from above and from the side: [640,1280,3] uint8."""
+    """The scene and a path [T,4,4] in it, both in the picture's camera, from above and from the side: [640,1280,3]
+    uint8."""
     w2c = inverse(geometry.c2w)
     points = torch.stack(transform(w2c, *geometry.points[geometry.valid].unbind(-1)), dim=-1).numpy()
     colors, places, headings = geometry.rgb[geometry.valid].numpy(), poses[:, :3, 3].numpy(), poses[:, :3, 2].numpy()
@@ -320,7 +342,8 @@ def preview(args: argparse.Namespace) -> None:
         save_png(partial["sheet"], contact_sheet(dict(zip(("warp", "mask"), map(np.stack, zip(*tiles))))))
         save_png(partial["path"], draw_path(geometry, poses))
         save_ply(partial["cloud"], geometry.points[geometry.valid].numpy(), geometry.rgb[geometry.valid].numpy())
-    print(f"geometry: {source}\ncamera: {describe(path)}; one unit of it is {unit:.4g} of the geometry's; {count} frames")
+    print(f"geometry: {source}")
+    print(f"camera: {describe(path)}; one unit of it is {unit:.4g} of the geometry's; {count} frames")
     print("wrote", *outputs.values())
 
 
@@ -329,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("render.py", usage=argparse.SUPPRESS, description=about)  # one line an error
     parser.add_argument("--image", type=Path, required=True, help="first frame")
     camera = parser.add_mutually_exclusive_group(required=True)
-    camera.add_argument("--poses", type=Path, help="a file of poses or a COLMAP folder; docs/paths.md lists the formats")
+    camera.add_argument("--poses", type=Path, help="a file of poses or a COLMAP folder (docs/paths.md)")
     camera.add_argument("--move", help=f'such as "forward 1, yaw -20 + up 1, hold"; verbs: {", ".join(VERBS)}, hold')
     geometry = parser.add_mutually_exclusive_group()
     geometry.add_argument("--geometry", type=Path, help="Pi3X weights; without them and without --depth a plane")
@@ -338,7 +361,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="384x640", help="video HEIGHTxWIDTH (384x640)")
     parser.add_argument("--frames", type=int, help="cut or pad the path to this many frames")
     parser.add_argument("--fps", type=float, help="frame rate of the video (default: the path file's, or 16)")
-    parser.add_argument("--resample", action="store_true", help="stretch or squeeze the path to --frames or --fps instead")
+    parser.add_argument("--resample", action="store_true", help="stretch the path to --frames or --fps instead")
     parser.add_argument("--out", type=Path, default=Path("warp.mp4"), help="video; the others go beside it (warp.mp4)")
     return run_program("render.py", preview, parser.parse_args(argv))
 

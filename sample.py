@@ -3,11 +3,11 @@
     python sample.py --image x.png --poses p.json --prompt "..." --weights weights/Helios-Distilled --out out.mp4
 
 The camera is given as a file of poses, as moves ("forward 1, yaw -20"), or as a finished warp video with its mask; with
-none of them Helios runs as it is (text to video, image to video, or --image with a video that is to be continued). Without
-any argument it makes the demo's video. Everything is checked before the first file is written. Every chunk is on disk as
-soon as it is made, and --continue goes on after the last one (output.py); at the end there is one mp4, and beside it a warp
-video and a contact sheet. Unlike the official program, which rounds up to whole chunks and cuts to 4n + 1 frames, the
-video has exactly the frames asked for.
+none of them Helios runs as it is (text to video, image to video, or --image with a video that is to be continued).
+Without any argument it makes the demo's video. Everything is checked before the first file is written. Every chunk is
+on disk as soon as it is made, and --continue goes on after the last one (output.py); at the end there is one mp4, and
+beside it a warp video and a contact sheet. Unlike the official program, which rounds up to whole chunks and cuts to
+4n + 1 frames, the video has exactly the frames asked for.
 """
 
 import argparse
@@ -49,9 +49,13 @@ from render import Warp, make_warp
 from wah import Chunk, Options, Rollout, model_options
 
 DATA = Path(__file__).parent / "data"
-DEMO = {"image": DATA / "plaza.png", "depth": DATA / "plaza_depth.png", "poses": DATA / "plaza.json",
-        "prompt": "a square with checked dark lime ground between houses, a checked orange ball, a yellow box, a striped"
-                  " green ball, a marbled dark brown box, a gray box, a striped blue box"}
+DEMO = {
+    "image": DATA / "plaza.png",
+    "depth": DATA / "plaza_depth.png",
+    "poses": DATA / "plaza.json",
+    "prompt": "a square with checked dark lime ground between houses, a checked orange ball, a yellow box, a striped"
+    " green ball, a marbled dark brown box, a gray box, a striped blue box",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Settings(Options):
     """What --set reaches: how to sample, and what a run seldom needs otherwise."""
 
     geometry: Path | None = None  # Pi3X weights; none: Pi3X/model.safetensors in the weights' folder or beside it
-    keyframes: int | None = None  # pictures that Pi3X sees at once, the first and the latest; none: 8, or the weights' own
+    # pictures that Pi3X sees at once, the first and the latest; none: 8, or the weights' own
+    keyframes: int | None = None
     fov: float | None = None  # the picture's horizontal degrees; none: the path file's, or 55
     resample: bool = False  # stretches or squeezes the path to --frames or --fps, instead of cutting or holding it
     check: bool = False  # measures with Pi3X how well the video follows: out_check.json
@@ -96,7 +101,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     camera = group.add_mutually_exclusive_group()
     camera.add_argument("--poses", type=Path, help="camera path, a file or a COLMAP folder (docs/paths.md)")
     camera.add_argument("--move", help='in words, a chunk of 33 frames each: "forward 1, yaw -20, hold"')
-    camera.add_argument("--warp", type=Path, nargs="+", help="finished warp, mp4 or npy; and its mask, else all is visible")
+    camera.add_argument("--warp", type=Path, nargs="+", help="finished warp, mp4 or npy; and its mask, else all"
+                                                             " is visible")
     group.add_argument("--depth", type=Path, help="depth map of the picture, instead of Pi3X: npy, npz, 16-bit png")
     group.add_argument("--prompt", default="", help="what the video shows")
     group = parser.add_argument_group("output")
@@ -105,7 +111,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     group.add_argument("--frames", type=int, help="length (default: that of the path or warp, or 33)")
     group.add_argument("--fps", type=float, help="frame rate (default: the path file's, or 16)")
     group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--continue", action="store_true", dest="resume", help="go on with the video that the same words began")
+    group.add_argument("--continue", action="store_true", dest="resume", help="go on with the video that the"
+                                                                              " same words began")
     group = parser.add_argument_group("model and machine")
     group.add_argument("--weights", type=Path, default=default_weights(), help="folder in the official layout (default:"
                        " weights/Helios-Distilled, else the miniature)")
@@ -130,7 +137,8 @@ class Control:
 
 @dataclass(frozen=True)
 class Start:
-    """What a rollout starts from: an image [1, 3, H, W], with a camera or not, or a video [1, 3, T, H, W], or nothing."""
+    """What a rollout starts from: an image [1, 3, H, W], with a camera or not, or a video [1, 3, T, H, W], or
+    nothing."""
 
     image: Tensor | None = None
     video: Tensor | None = None
@@ -239,7 +247,8 @@ def choose_size(args: argparse.Namespace) -> tuple[int, int]:
     return size
 
 
-def open_pi3x(args: argparse.Namespace, settings: Settings, frames: int) -> tuple[Path | None, Callable[[], Pi3X] | None]:
+def open_pi3x(args: argparse.Namespace, settings: Settings,
+              frames: int) -> tuple[Path | None, Callable[[], Pi3X] | None]:
     """The geometry network of a run along a path, where it is needed and there is one."""
     file = find_pi3x(settings.geometry, args.weights)
     if settings.check and file is None:
@@ -407,8 +416,8 @@ def report(rollout: Rollout, output: Output, already: int, seconds: float, devic
     made, work = len(output.counts) - already, rollout.flops / 1e12
     if made:
         frames = sum(output.counts[already:])
-        print(f"{seconds / made:.2f} s/chunk, {frames / seconds:.2f} frames/s, {work / seconds:.3g} TFLOP/s ({work:.3g} TFLOP"
-              f" counted in the transformer), peak {peak_memory(device)}")
+        print(f"{seconds / made:.2f} s/chunk, {frames / seconds:.2f} frames/s, {work / seconds:.3g} TFLOP/s"
+              f" ({work:.3g} TFLOP counted in the transformer), peak {peak_memory(device)}")
 
 
 def run(args: argparse.Namespace) -> None:

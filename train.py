@@ -3,10 +3,10 @@
     python train.py --video car-roundabout --prompt "a car driving through a roundabout" --out runs/car
 
 Low-rank adapters on all self-attentions learn, over the frozen model, to follow a warp that is given as in sampling
-(`wah.pseudo_history`; paper section 4): in the first pyramid stage alone, by flow matching towards the true video. `Recipe`
-holds every number, with the release's as defaults; draws are from one CPU stream in the official order, so that losses,
-gradients and updates are the official ones. What a step sees is chosen in clips.py; a run's folder is files/run.py.
-Left out: loss weights by noise level, gradient accumulation, batches, several GPUs.
+(`wah.pseudo_history`; paper section 4): in the first pyramid stage alone, by flow matching towards the true video.
+`Recipe` holds every number, with the release's as defaults; draws are from one CPU stream in the official order, so
+that losses, gradients and updates are the official ones. What a step sees is chosen in clips.py; a run's folder is
+files/run.py. Left out: loss weights by noise level, gradient accumulation, batches, several GPUs.
 """
 
 import argparse
@@ -36,15 +36,25 @@ from geometry.camera import WINDOW
 from geometry.pi3x import find_pi3x
 from helios.flow import Item, Schedule, interval_levels, load_schedule, shifted_levels, table_levels, training_item
 from helios.index import ModelIndex, check_weights, read_index
-from helios.load import (MEMORY, NEGATIVE_PROMPT, Models, Prompts, add_trigger, default_weights, embed_prompts,
-                         load_models, size_multiple)
+from helios.load import (
+    MEMORY,
+    NEGATIVE_PROMPT,
+    Models,
+    Prompts,
+    add_trigger,
+    default_weights,
+    embed_prompts,
+    load_models,
+    size_multiple,
+)
 from helios.lora import Lora
 from memory import Camera
 from model import Helios, History
 from wah import BANDS, CHUNK, Rollout, add_noise, model_options, pseudo_history
 
 TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")  # of every block; nothing else is trained
-FREE = {"steps", "save_every", "sample_every", "checkpointing", "keep_attention", "cache"}  # may change when a run goes on
+# may change when a run goes on
+FREE = {"steps", "save_every", "sample_every", "checkpointing", "keep_attention", "cache"}
 
 
 @dataclass(frozen=True)
@@ -109,8 +119,8 @@ class Recipe(Choices):
 def build_history(condition: Condition, recipe: Recipe, generator: torch.Generator) -> History:
     """What the network sees beside the noisy target: first frame, fake latent, warp.
 
-    Kept for parity: earlier latents are never among it, also not for later chunks, whereas sampling has them. The target's
-    position follows from `recipe.history`, which in sampling it doesn't.
+    Kept for parity: earlier latents are never among it, also not for later chunks, whereas sampling has them. The
+    target's position follows from `recipe.history`, which in sampling it doesn't.
     """
     first, warp = condition.image, condition.warp
     if recipe.warp_noise:
@@ -259,15 +269,18 @@ def check(args: argparse.Namespace) -> Job:
     recipe = parse_settings([*index.train, *args.set], Recipe())
     sources = read_sources(args.video, args.prompt)
     if args.memory == "stream" and not recipe.checkpointing:
-        raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks once more")
+        raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks"
+                         " once more")
     size, multiple = index.size if args.size is None else parse_size(args.size), size_multiple(schedule)
     if any(side % multiple for side in size):
         raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
     if not set(recipe.stages) <= set(range(schedule.stages)) or not recipe.stages:
         raise ValueError(f"--set stages={recipe.stages}: {args.weights} has stages 0 to {schedule.stages - 1}")
     if not len(args.poses) == len(args.depth) in (0, len(sources)):
-        raise ValueError(f"{len(args.poses)} --poses and {len(args.depth)} --depth: expected one of each for each of the"
-                         f" {len(sources)} videos, or none")
+        raise ValueError(
+            f"{len(args.poses)} --poses and {len(args.depth)} --depth: expected one of each for each of the"
+            f" {len(sources)} videos, or none"
+        )
     return Job(recipe, size, sources, index)
 
 
@@ -383,8 +396,14 @@ def parse(words: list[str]) -> argparse.Namespace:
     geometry = parser.add_mutually_exclusive_group()
     geometry.add_argument("--geometry", type=Path, help="Pi3X weights (default: Pi3X/model.safetensors in the weights'"
                                                         " folder or beside it)")
-    geometry.add_argument("--depth", action="append", default=[], type=Path, help="instead: a video's depths, npy or npz"
-                          " [T,h,w] or a folder of 16-bit png, and with them; of several videos in their order")
+    geometry.add_argument(
+        "--depth",
+        action="append",
+        default=[],
+        type=Path,
+        help="instead: a video's depths, npy or npz"
+        " [T,h,w] or a folder of 16-bit png, and with them; of several videos in their order",
+    )
     parser.add_argument("--poses", action="append", default=[], type=Path,
                         help="its camera, a pose for each frame in the unit of the depths")
     parser.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder of the run")
@@ -393,7 +412,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     going.add_argument("--resume", action="store_true", help="go on where the run in --out was saved")
     going.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
     parser.add_argument("--memory", choices=MEMORY, default="full", help="how the weights are held, as in sample.py")
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda or cuda:N (default: cuda if there is one)")
+    parser.add_argument("--device", default=default_device(), help="cpu, cuda or cuda:N (default: cuda if there"
+                                                                   " is one)")
     return argparse.Namespace(**vars(parser.parse_args(words)), words=words)
 
 

@@ -1,9 +1,9 @@
 """Warp-as-History: a camera path as pseudo-history of a frozen video model, and the chunk-by-chunk rollout.
 
 The method (paper section 3) is `pseudo_history`: the warp of the first frame along the path is encoded like any history
-and appended to a band of it; its rotary time indices are those of the target latents; its tokens without a visible source
-are dropped. Only the first pyramid stage sees it, and only there are the LoRA and the trigger word active; later stages
-are plain Helios, and without a warp the whole run is (text, image or video to video).
+and appended to a band of it; its rotary time indices are those of the target latents; its tokens without a visible
+source are dropped. Only the first pyramid stage sees it, and only there are the LoRA and the trigger word active;
+later stages are plain Helios, and without a warp the whole run is (text, image or video to video).
 
 A chunk is 9 latent frames = 33 video frames. Latents are [1, C, T, H/8, W/8], normalised; all randomness comes from one
 CPU generator in the official order, so that a seed means the same video everywhere. Reproduced: the official pipeline's
@@ -39,19 +39,21 @@ FIRST_TARGET = 1 + sum(BANDS)  # time index of a chunk's first latent; 0 is the 
 def pseudo_history(first: Tensor, previous: Tensor, bands: tuple[int, int, int] = BANDS, warp: Tensor | None = None,
                    visible: Tensor | None = None, *, start: int = FIRST_TARGET, target: Tensor | None = None,
                    warp_time: Tensor | None = None, drop: bool = True, threshold: float = 0.1) -> History:
-    """What the network sees beside the noisy target: first frame, previous latents and, as if it were history, the warp.
+    """What the network sees beside the noisy target: first frame, previous latents and, as if it were history, the
+    warp.
 
-    first [B, C, 1, h, w]; previous [B, C, n, h, w], the latest n latents (n at most the sum of `bands`, the latent frames
-    of the long, mid and short band); warp [B, C, 9, h, w] with its visibility [1, 1, 9, h, w], or None: native history.
-    `start` is the time index that follows the previous ones; `target` are the target's indices [9], by default from there
-    on; `warp_time` those of the warp [9], by default the target's, which is what aligns them.
+    first [B, C, 1, h, w]; previous [B, C, n, h, w], the latest n latents (n at most the sum of `bands`, the latent
+    frames of the long, mid and short band); warp [B, C, 9, h, w] with its visibility [1, 1, 9, h, w], or None: native
+    history. `start` is the time index that follows the previous ones; `target` are the target's indices [9], by
+    default from there on; `warp_time` those of the warp [9], by default the target's, which is what aligns them.
     """
     total, device = sum(bands), first.device
     if target is None:
         target = torch.arange(start, start + CHUNK, device=device)
 
-    # (1) History patchification: latents of the past, right-aligned after zeros, in the three bands of the native model,
-    # and the warp behind those of the short band, where it goes through the same patch embedding at full detail.
+    # (1) History patchification: latents of the past, right-aligned after zeros, in the three bands of the native
+    # model, and the warp behind those of the short band, where it goes through the same patch embedding at full
+    # detail.
     blank = previous.new_zeros(*previous.shape[:2], total - previous.shape[2], *previous.shape[3:])
     window = torch.cat([blank, previous], dim=2)
     long, mid, short = window.split(bands, dim=2)
@@ -78,7 +80,8 @@ def pseudo_history(first: Tensor, previous: Tensor, bands: tuple[int, int, int] 
 
 
 def mask_latents(visible: Tensor, frames: int = CHUNK) -> Tensor:
-    """Visibility [1, 1, T, H, W] of a chunk on the latent grid: that of every fourth frame, [1, 1, frames, H/8, W/8]."""
+    """Visibility [1, 1, T, H, W] of a chunk on the latent grid: that of every fourth frame, [1, 1, frames, H/8,
+    W/8]."""
     index = torch.arange(0, 4 * frames, 4, device=visible.device).clamp(max=visible.shape[2] - 1)
     height, width = visible.shape[3:]
     return resize_volume(visible[:, :, index], torch.Size((frames, height // 8, width // 8))).clamp(0, 1)
@@ -115,7 +118,8 @@ class Options:
     video_noise: bool = True
     previous: tuple[int, int, int] = BANDS  # latent frames of earlier chunks beside the warp: long, mid, short
     mask_lag: bool = True  # kept for parity: after chunk 0 an official mask runs one frame ahead of its warp
-    restart: bool = False  # the first latent that continues a video is overwritten with the video's first, as officially
+    # the first latent that continues a video is overwritten with the video's first, as officially
+    restart: bool = False
 
     def __post_init__(self):
         sigmas = (*self.warp_sigma, *self.image_sigma)
@@ -130,11 +134,12 @@ class Options:
         )
 
 
-O = TypeVar("O", bound=Options)
+Some = TypeVar("Some", bound=Options)
 
 
-def model_options(weights: Path, defaults: O = Options()) -> O:
-    """The `defaults` with the official settings of the kind of checkpoint that `weights` holds, or a small model's own."""
+def model_options(weights: Path, defaults: Some = Options()) -> Some:
+    """The `defaults` with the official settings of the kind of checkpoint that `weights` holds, or a small model's
+    own."""
     index, stages = read_index(weights), load_schedule(weights).stages
     steps = index.num_inference_steps or (2 if index.is_distilled else 20 if stages > 1 else 50)
     guidance = index.guidance_scale
@@ -158,7 +163,8 @@ CARRIED = ("given", "first_frame", "prefix", "noisy_prefix", "native", "earlier"
 
 
 class Rollout:
-    """One video, made chunk by chunk: each `next` takes the chunk's poses, or its warp, or nothing, and returns a Chunk.
+    """One video, made chunk by chunk: each `next` takes the chunk's poses, or its warp, or nothing, and returns a
+    Chunk.
 
     Memory does not grow with the number of chunks. `given` holds the latents that precede the first chunk (the official
     latent output puts them in front): the fake latent of an image, or those of a video.
@@ -168,8 +174,9 @@ class Rollout:
                  image: Tensor | None = None, video: Tensor | None = None, camera: Camera | Memory | None = None,
                  lora: Lora | None = None, options: Options = Options(),
                  on_step: Callable[[int, int, int], None] | None = None):
-        """image [1, 3, H, W] or video [1, 3, T, H, W] (at least 33 frames) in [-1, 1]; `generator` on the CPU; `on_step` is
-        told (chunk, stage, step) before each step. Raises ValueError if the size does not suit the schedule."""
+        """image [1, 3, H, W] or video [1, 3, T, H, W] (at least 33 frames) in [-1, 1]; `generator` on the CPU;
+        `on_step` is told (chunk, stage, step) before each step. Raises ValueError if the size does not suit the
+        schedule."""
         multiple = size_multiple(models.schedule)
         if any(side % multiple or side <= 0 for side in size):
             raise ValueError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
@@ -227,7 +234,8 @@ class Rollout:
     def start_from_image(self, image: Tensor) -> None:
         options = self.options
         self.first_frame = self.prefix = self.encode(image[:, :, None])
-        fake = self.encode(image[:, :, None].expand(-1, -1, WINDOW, -1, -1))[:, :, -1:]  # the image as a standing video's end
+        # the image as a standing video's end
+        fake = self.encode(image[:, :, None].expand(-1, -1, WINDOW, -1, -1))[:, :, -1:]
         if options.image_noise:
             self.prefix = self.noised(self.prefix, options.image_sigma)
             fake = self.noised(fake, options.image_sigma)
@@ -257,7 +265,8 @@ class Rollout:
         """Latents and latent visibility of a chunk's warp of 33 frames, or of 34 whose first is the frame before."""
         frames = warp.frames.shape[2]
         if frames not in (WINDOW, WINDOW + 1):
-            raise ValueError(f"a chunk's warp has {WINDOW} frames (or {WINDOW + 1} with the one before), this has {frames}")
+            raise ValueError(f"a chunk's warp has {WINDOW} frames (or {WINDOW + 1} with the one before), this"
+                             f" has {frames}")
         self.normal(1)  # kept for parity: the official code encodes the first frame alone and does not use it
         latents = self.encode(warp.frames[:, :, -WINDOW:])
         if self.options.warp_noise:
@@ -268,7 +277,8 @@ class Rollout:
     def warp_history(self, warp: Warp) -> History:
         """First frame, latents generated so far, and the warp, as `pseudo_history` under the options.
 
-        Kept for parity: in chunk 0 the fake latent is the past, which later chunks do not see (the native history does).
+        Kept for parity: in chunk 0 the fake latent is the past, which later chunks do not see (the native history
+        does).
         """
         options = self.options
         if self.prefix is None:
@@ -286,15 +296,15 @@ class Rollout:
     # ---- a chunk
 
     def text(self, name: str, lora: bool) -> list:
-        """Keys and values of a prompt, computed when first needed and kept for all chunks: with a LoRA on the layers that
-        make them they are others, so they are kept apart."""
+        """Keys and values of a prompt, computed when first needed and kept for all chunks: with a LoRA on the layers
+        that make them they are others, so they are kept apart."""
         if (name, lora) not in self.text_cache:
             self.text_cache[name, lora] = self.models.transformer.text(getattr(self.prompts, name))
         return self.text_cache[name, lora]
 
     def velocity_for(self, stage: int, shape: torch.Size, led: History | None, native: History) -> Velocity:
-        """The guided model of one stage, with all that stays the same over its steps prepared: led by the warp in the first
-        one, where alone the LoRA and its prompt are active."""
+        """The guided model of one stage, with all that stays the same over its steps prepared: led by the warp in the
+        first one, where alone the LoRA and its prompt are active."""
         options, transformer = self.options, self.models.transformer
         leading = stage == 0 and led is not None
         lora = self.lora if leading else None
@@ -320,8 +330,9 @@ class Rollout:
 
     @torch.no_grad()
     def next(self, poses: Tensor | None = None, warp: Warp | None = None) -> Chunk:
-        """Generate 33 frames: along `poses` [T, 4, 4] (needs the camera; the last one holds if there are fewer than 33), led
-        by a `warp` that was made elsewhere ([1, 3, 33 or 34, H, W]), or, with neither, as plain Helios continues.
+        """Generate 33 frames: along `poses` [T, 4, 4] (needs the camera; the last one holds if there are fewer than
+        33), led by a `warp` that was made elsewhere ([1, 3, 33 or 34, H, W]), or, with neither, as plain Helios
+        continues.
 
         After an error the rollout is as it was before, so that a second try gives what the first would have."""
         before = self.state()

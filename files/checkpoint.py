@@ -1,9 +1,9 @@
 """Safetensors and configs -> modules in memory, from folders in the Hugging Face layout.
 
 A `Network` brings its config (`Config`, a dataclass whose fields are the keys of config.json that matter) and names its
-parameters as the checkpoint does. It is built on the meta device and filled tensor by tensor by safetensors' own reader,
-straight to device and dtype, so that host memory never holds a second copy. Strict: whatever is missing, unexpected or
-mis-shaped is named. Nothing is ever unpickled.
+parameters as the checkpoint does. It is built on the meta device and filled tensor by tensor by safetensors' own
+reader, straight to device and dtype, so that host memory never holds a second copy. Strict: whatever is missing,
+unexpected or mis-shaped is named. Nothing is ever unpickled.
 """
 
 import json
@@ -30,7 +30,8 @@ def open_safetensors(path: Path):
 
 
 def read_json(path: Path) -> dict:
-    """An object from a JSON file; raises OSError if there is no such file, ValueError naming it for any other content."""
+    """An object from a JSON file; raises OSError if there is no such file, ValueError naming it for any other
+    content."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -40,9 +41,10 @@ def read_json(path: Path) -> dict:
     return content
 
 
-def read_config(config_class: type, path: Path, more: dict = {}):
-    """A config dataclass from the keys of a config.json that it has as fields, and from `more`; other keys are ignored."""
-    values, config = read_json(path) | more, {}
+def read_config(config_class: type, path: Path, more: dict | None = None):
+    """A config dataclass from the keys of a config.json that it has as fields, and from `more`; other keys are
+    ignored."""
+    values, config = read_json(path) | (more or {}), {}
     for field in fields(config_class):
         if field.name in values:
             value = tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
@@ -78,7 +80,8 @@ class Network(nn.Module):
     aliases: dict[str, str] = {}  # other names that a file may use -> ours
     ignored: tuple[str, ...] = ()  # beginnings of keys that a file has and we have no use for
     fp8: tuple[str, ...] = ()  # ends of names of the weights that may be held in 8 bits
-    streamed: tuple[str, tuple[str, ...]] = "", ()  # a ModuleList, and parts of its blocks that are called by themselves
+    # a ModuleList, and parts of its blocks that are called by themselves
+    streamed: tuple[str, tuple[str, ...]] = "", ()
 
 
 N = TypeVar("N", bound=Network)
@@ -102,9 +105,9 @@ def on_meta(network: Callable[[], N]) -> N:
 def locate(module: Network, files: list[Path]) -> dict[Path, dict[str, str]]:
     """Which file holds each of a module's tensors, and under which key: file -> our name -> key.
 
-    Strict: all names and shapes are compared before the first tensor is read, and every missing, unexpected or mis-shaped
-    one is named. `module.aliases` maps other names that a file may use, keys that start with one of `module.ignored` are
-    skipped.
+    Strict: all names and shapes are compared before the first tensor is read, and every missing, unexpected or mis-
+    shaped one is named. `module.aliases` maps other names that a file may use, keys that start with one of
+    `module.ignored` are skipped.
     """
     wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     places: dict[Path, dict[str, str]] = {path: {} for path in files}
@@ -132,17 +135,18 @@ def kept_dtype(module: Network, name: str, dtype: torch.dtype) -> torch.dtype:
 
 
 def take(tensor: Tensor, module: Network, name: str, device: torch.device | str, dtype: torch.dtype) -> Tensor:
-    """A tensor of a file in memory of its own, always: in a file numbers stand at odd addresses, which costs kernels time and
-    the last bit of some results, and a file may change."""
+    """A tensor of a file in memory of its own, always: in a file numbers stand at odd addresses, which costs kernels
+    time and the last bit of some results, and a file may change."""
     return tensor.to(device, kept_dtype(module, name, dtype), copy=True)
 
 
 def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A weight [out, in] as float8_e4m3fn, and the scale of each row [out] in `dtype`: weight ~ float8 * scale.
 
-    That is all that weight-only fp8 takes. The layer casts its weight back when it is used (every float8 is a bf16), and the
-    scale of a row can wait until after the matrix product, so that no kernel, calibration or activation range is needed.
-    3 bits of mantissa leave an error of about 2.6 % of a weight (rms), of a row's output too, as errors are independent.
+    That is all that weight-only fp8 takes. The layer casts its weight back when it is used (every float8 is a bf16),
+    and the scale of a row can wait until after the matrix product, so that no kernel, calibration or activation range
+    is needed. 3 bits of mantissa leave an error of about 2.6 % of a weight (rms), of a row's output too, as errors
+    are independent.
     """
     largest = torch.finfo(torch.float8_e4m3fn).max
     rows = weight.float()
@@ -151,8 +155,8 @@ def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def fill(module: N, files: list[Path], device: torch.device | str, dtype: torch.dtype, fp8: tuple[str, ...] = ()) -> N:
-    """Give a module built on the meta device its tensors, each read straight to its device and dtype; strict (`locate`).
-    Weights whose names end in one of `fp8` are quantized, and their layers get the `scale`."""
+    """Give a module built on the meta device its tensors, each read straight to its device and dtype; strict
+    (`locate`). Weights whose names end in one of `fp8` are quantized, and their layers get the `scale`."""
     state = {}
     for path, names in locate(module, files).items():
         with open_safetensors(path) as file:

@@ -1,8 +1,10 @@
-"""What sample.py leaves: the video, its warp and a contact sheet, and on the way there every chunk as soon as it is made.
+"""What sample.py leaves: the video, its warp and a contact sheet, and on the way there every chunk as soon as it is
+made.
 
-For out.mp4 a folder out_parts holds each chunk's pieces, 0000_video.mp4, 0000_warp.mp4 and 0000.safetensors (latents), and
-state.safetensors, from which the run can go on. The state is replaced last and at once, so whenever the program dies there
-are whole chunks and a state that fits them. At the end the pieces are joined without encoding anew, and the folder goes.
+For out.mp4 a folder out_parts holds each chunk's pieces, 0000_video.mp4, 0000_warp.mp4 and 0000.safetensors
+(latents), and state.safetensors, from which the run can go on. The state is replaced last and at once, so whenever
+the program dies there are whole chunks and a state that fits them. At the end the pieces are joined without encoding
+anew, and the folder goes.
 """
 
 import json
@@ -26,8 +28,8 @@ class Output:
     """A video under way. `about` says what it depends on: a state of another video is refused."""
 
     def __init__(self, out: Path, about: dict, resume: bool, frames: int, fps: float, led: bool):
-        """frames: of the whole video; led: there are warps. Raises ValueError or OSError if there is no state to resume, or
-        one that would be lost."""
+        """frames: of the whole video; led: there are warps. Raises ValueError or OSError if there is no state to
+        resume, or one that would be lost."""
         self.folder = out.with_name(f"{out.stem}_parts")
         self.path = self.folder / "state.safetensors"
         self.about = json.loads(json.dumps(about))
@@ -39,7 +41,8 @@ class Output:
         if resume:
             self.load()
         elif self.path.exists():
-            raise ValueError(f"{self.folder} holds an unfinished video: --continue goes on with it; remove it to start anew")
+            raise ValueError(f"{self.folder} holds an unfinished video: --continue goes on with it; remove it"
+                             f" to start anew")
 
     @property
     def count(self) -> int:
@@ -54,8 +57,10 @@ class Output:
         old = json.loads(header["about"])
         for name in sorted(old.keys() | self.about.keys()):
             if old.get(name) != self.about.get(name):
-                raise ValueError(f"{self.path}: {name} was {old.get(name)}, now it is {self.about.get(name)}; --continue"
-                                 " needs the same")
+                raise ValueError(
+                    f"{self.path}: {name} was {old.get(name)}, now it is {self.about.get(name)}; --continue"
+                    " needs the same"
+                )
         self.counts = json.loads(header["counts"])
         self.tiles = {name: list(state.pop(f"tiles.{name}").numpy()) for name in self.tiles}
         self.rollout = state
@@ -64,8 +69,8 @@ class Output:
         return self.folder / f"{index:04d}{ending}"
 
     def add(self, rows: dict[str, np.ndarray], latents: Tensor, rollout: dict[str, Tensor]) -> None:
-        """Write a chunk; it is whole when the state after it is there. `rows` are its result, and its warp and mask if there
-        are any, [T, H, W, 3] uint8; `rollout` is the state to go on from."""
+        """Write a chunk; it is whole when the state after it is there. `rows` are its result, and its warp and mask
+        if there are any, [T, H, W, 3] uint8; `rollout` is the state to go on from."""
         self.folder.mkdir(exist_ok=True)
         index, begun = len(self.counts), self.count
         length = min(len(rows["result"]), self.frames - begun)
@@ -76,7 +81,8 @@ class Output:
         for name, tiles in self.tiles.items():
             tiles += [rows[name][pick - begun].copy() for pick in self.picks if 0 <= pick - begun < length]
         tiles = {f"tiles.{name}": torch.from_numpy(np.stack(tiles)) for name, tiles in self.tiles.items()}
-        state = {name: value.to("cpu", copy=True).contiguous() for name, value in (rollout | tiles).items()}  # own storages
+        # own storages
+        state = {name: value.to("cpu", copy=True).contiguous() for name, value in (rollout | tiles).items()}
         counts = [*self.counts, length]
         with replacing({"state": self.path}, []) as files:
             files["state"].write_bytes(save(state, {"about": json.dumps(self.about), "counts": json.dumps(counts)}))

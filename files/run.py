@@ -58,7 +58,8 @@ class Run:
         old, new = ({**each, **each["recipe"]} for each in (json.loads(header["run"]), self.about))
         for name in sorted(new.keys() - self.free - {"recipe"}):
             if new[name] != old.get(name):
-                raise ValueError(f"{self.state}: {name} was {old.get(name)}, now it is {new[name]}; --resume needs the same")
+                raise ValueError(f"{self.state}: {name} was {old.get(name)}, now it is {new[name]}; --resume"
+                                 f" needs the same")
         self.saved = int(header["step"])
         lines = self.log.read_text().splitlines(keepends=True)[:self.saved] if self.log.exists() else []
         self.metrics = [json.loads(line) for line in lines]
@@ -75,7 +76,8 @@ class Run:
             raise OSError(f"{self.log}: could not be written ({error}); {self.last()}") from None
 
     def save(self, step: int, state: dict[str, Tensor], lora: dict[str, Tensor], settings: dict) -> None:
-        """State, LoRA (with PEFT's `settings` in its header) and curve, each under another name until it is complete."""
+        """State, LoRA (with PEFT's `settings` in its header) and curve, each under another name until it is
+        complete."""
         header = {"run": json.dumps(self.about), "step": str(step)}
         try:
             with replacing({"state": self.state, "lora": self.lora, "curve": self.curve}, []) as files:

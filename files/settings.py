@@ -9,7 +9,8 @@ D = TypeVar("D")  # a dataclass
 
 
 def require(settings: object, *rules: tuple[str, bool, str]) -> None:
-    """Raises ValueError for the first rule (names of fields, whether they are good, what is expected) that is broken."""
+    """Raises ValueError for the first rule (names of fields, whether they are good, what is expected) that is
+    broken."""
     for names, good, expected in rules:
         if not good:
             found = ", ".join(f"{name} is {show_value(getattr(settings, name))}" for name in names.split())
@@ -21,8 +22,8 @@ def setting_names(settings: object) -> list[str]:
 
 
 def read_value(text: str, kind: Any) -> Any:
-    """A word as a value of an annotated type: bool, int, float, str, Path, a tuple of them, or one of them or None. Raises
-    KeyError or ValueError if it is none."""
+    """A word as a value of an annotated type: bool, int, float, str, Path, a tuple of them, or one of them or None.
+    Raises KeyError or ValueError if it is none."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return None if text == "none" else read_value(text, next(each for each in inner if each is not NoneType))
@@ -59,7 +60,8 @@ def parse_settings(words: list[str], defaults: D) -> D:
             values[name] = read_value(text, kinds[name])
         except (KeyError, ValueError):
             default = show_value(getattr(defaults, name))
-            raise ValueError(f"--set {word}: expected a value like {default}, of type {kind_name(kinds[name])}") from None
+            raise ValueError(f"--set {word}: expected a value like {default}, of type"
+                             f" {kind_name(kinds[name])}") from None
     try:
         return replace(defaults, **values)  # pyright: ignore[reportArgumentType]
     except ValueError as error:

@@ -81,8 +81,10 @@ def join_videos(parts: list[Path], counts: list[int], fps: float, out: Path) -> 
     playlist = temporary(parts[0].with_suffix(".txt"))
     try:
         # Durations are rounded in the files, which would shift what comes after a joint.
-        playlist.write_text("".join(f"file {part.name}\nduration {count / fps:.6f}\n" for part, count in zip(parts, counts)))
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "quiet", "-f", "concat", "-i", playlist, "-c", "copy", "-y", out]
+        entries = (f"file {part.name}\nduration {count / fps:.6f}\n" for part, count in zip(parts, counts))
+        playlist.write_text("".join(entries))
+        ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
+        command = [ffmpeg, "-v", "quiet", "-f", "concat", "-i", playlist, "-c", "copy", "-y", out]
         subprocess.run(command, stdin=subprocess.DEVNULL)
     finally:
         playlist.unlink(missing_ok=True)

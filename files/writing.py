@@ -8,7 +8,8 @@ from pathlib import Path
 
 
 def beside(out: Path, **endings: str) -> dict[str, Path]:
-    """Names of a program's outputs: `out`, which must be an .mp4, as "video", and others beside it: its stem + ending."""
+    """Names of a program's outputs: `out`, which must be an .mp4, as "video", and others beside it: its stem +
+    ending."""
     if out.suffix.lower() != ".mp4" or out.stem.startswith("."):
         raise ValueError(f"--out {str(out)!r}: expected a file name that ends in .mp4")
     return {"video": out} | {name: out.with_name(out.stem + ending) for name, ending in endings.items()}
@@ -51,7 +52,8 @@ def replacing(outputs: dict[str, Path], inputs: Iterable[Path]) -> Iterator[dict
 
 
 def fingerprint(path: Path) -> str:
-    """A short digest of what is in a file, or in all files of a folder: of a large one 64 pieces of 64 KiB, and the size."""
+    """A short digest of what is in a file, or in all files of a folder: of a large one 64 pieces of 64 KiB, and the
+    size."""
     digest = hashlib.blake2b(digest_size=8)
     for file in filter(Path.is_file, sorted(path.rglob("*")) if path.is_dir() else [path]):
         size = file.stat().st_size

@@ -1,8 +1,9 @@
 """Cameras: the arithmetic of poses, paths made from words, and the error of one path against another.
 
 A path is a `CameraPath`: camera-to-world matrices [T,4,4] in OpenCV axes (x right, y down, z forward). Its unit is a
-tenth of the first frame's median depth, as officially, unless a file says "meter". Moves such as "forward 1, yaw -20" turn
-and travel like the buttons of the official web page, but "up" goes up. Relative poses, padding and windows are as officially.
+tenth of the first frame's median depth, as officially, unless a file says "meter". Moves such as "forward 1, yaw -20"
+turn and travel like the buttons of the official web page, but "up" goes up. Relative poses, padding and windows are
+as officially.
 """
 
 import math

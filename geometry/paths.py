@@ -1,8 +1,8 @@
 """Camera paths from files: json, npz, text and COLMAP folders, official and others'.
 
-The key or the layout of a file tells its convention; `check_poses` converts to camera-to-world in OpenCV axes and checks.
-Left out: timestamps (frames are evenly spaced), lens distortion, focal lengths that change on the way (the first frame's
-counts), COLMAP's binary models.
+The key or the layout of a file tells its convention; `check_poses` converts to camera-to-world in OpenCV axes and
+checks. Left out: timestamps (frames are evenly spaced), lens distortion, focal lengths that change on the way (the
+first frame's counts), COLMAP's binary models.
 """
 
 import json

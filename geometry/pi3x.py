@@ -92,7 +92,8 @@ class Pi3XConfig:
         def head(name: str) -> tuple[tuple[int, int], ...]:
             levels = [f"{name}.upsample_blocks.{level}" for level in range(count(f"{name}.upsample_blocks"))]
             blocks = [count(level) - 1 for level in levels]  # residual ones, whose channels are normalised in groups
-            return tuple((size(f"{level}.0.0.weight", 1, GROUP // 2 if n else 1), n) for level, n in zip(levels, blocks))
+            widths = (size(f"{level}.0.0.weight", 1, GROUP // 2 if n else 1) for level, n in zip(levels, blocks))
+            return tuple(zip(widths, blocks))
 
         return cls(
             dim=size("encoder.norm.weight", 0, HEAD_DIM),
@@ -453,8 +454,8 @@ def find_pi3x(choice: Path | None, weights: Path) -> Path | None:
 
 
 def pi3x_source(file: Path, device: str, beside: list[Path], often: bool) -> Callable[[], Pi3X]:
-    """How a run gets Pi3X: read anew for each estimate, so that it makes room for what is in the files `beside` it, or kept
-    if it is used `often` and both fit on the device, with a quarter more for what they compute."""
+    """How a run gets Pi3X: read anew for each estimate, so that it makes room for what is in the files `beside` it, or
+    kept if it is used `often` and both fit on the device, with a quarter more for what they compute."""
     dtype = network_dtype(device)
     read = partial(load_pi3x, file, device, dtype)
     needed = count_numbers([file, *beside]) * dtype.itemsize * 5 // 4

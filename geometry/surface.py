@@ -53,7 +53,8 @@ def geometry_size(height: int, width: int, limit: int = PIXEL_LIMIT) -> tuple[in
 
 
 def map_size(height: int, width: int) -> tuple[int, int]:
-    """`geometry_size` where nothing official decides: 16 points for each of a thumbnail's pixels are as good as more."""
+    """`geometry_size` where nothing official decides: 16 points for each of a thumbnail's pixels are as good as
+    more."""
     return geometry_size(height, width, min(PIXEL_LIMIT, 16 * height * width))
 
 

@@ -1,8 +1,8 @@
 """A whole folder of weights in the official layout: networks, prompts, and what lies beside them.
 
-`memory` says how weights are held: "full" on the device, "fp8" with the transformer's big layers in 8 bits, "stream" with
-the blocks of transformer and text encoder left in their files (stream.py). The transformer's class is an argument, since
-model.py stands above this room.
+`memory` says how weights are held: "full" on the device, "fp8" with the transformer's big layers in 8 bits, "stream"
+with the blocks of transformer and text encoder left in their files (stream.py). The transformer's class is an
+argument, since model.py stands above this room.
 """
 
 from collections.abc import Iterable
@@ -25,10 +25,13 @@ MEMORY = ("full", "fp8", "stream")
 ROOT = Path(__file__).parents[1] / "weights"
 TRIGGER = "camctl23x."
 NEGATIVE_PROMPT = (  # of the guided models; the one that Wan and Helios were tuned with
-    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall gray,"
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static,"
+    " overall gray,"
     " worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, poorly"
-    " drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three legs, many"
-    " people in the background, walking backwards")
+    " drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three"
+    " legs, many"
+    " people in the background, walking backwards"
+)
 
 N = TypeVar("N", bound=Network)
 
@@ -59,7 +62,8 @@ def load_network(network: type[N], folder: Path, device: torch.device | str, mem
 
 
 def load_models(transformer: type[N], weights: Path, device: torch.device | str, memory: str = "full") -> Models[N]:
-    """Transformer, VAE (in fp32) and schedule. In the transformer's blocks lies all but 4 % of the memory that weights need."""
+    """Transformer, VAE (in fp32) and schedule. In the transformer's blocks lies all but 4 % of the memory that
+    weights need."""
     schedule = load_schedule(weights)
     vae = load(VAE, weights / "vae", device)
     return Models(load_network(transformer, weights / "transformer", device, memory), vae, schedule)
@@ -99,7 +103,7 @@ def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device:
     return Prompts(embedded[prompt], *others)
 
 
-# ------------------------------------------------------------------------------------------------- what lies beside them
+# ------------------------------------------------------------------------------------------------ what lies beside them
 
 
 def default_weights() -> Path:

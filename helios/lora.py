@@ -20,8 +20,8 @@ class Lora:
 
 
 def load_lora(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Lora:
-    """Read a LoRA in any official format: keys `[transformer.]LAYER.lora_{A,B}.weight` in a .safetensors, or in a .pt, there
-    also under the key "peft".
+    """Read a LoRA in any official format: keys `[transformer.]LAYER.lora_{A,B}.weight` in a .safetensors, or in a
+    .pt, there also under the key "peft".
 
     alpha is taken equal to the rank (scale 1) unless the safetensors header carries PEFT's `lora_adapter_metadata`.
     Raises ValueError for anything else, naming the keys.

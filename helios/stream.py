@@ -1,11 +1,12 @@
 """Weights that stay in their file: a network whose blocks pass, one after another, through two buffers on the device.
 
-`load_streamed` builds a network as `checkpoint.load` does, but for the blocks of one of its lists. The parameters of the
-even blocks are views of one buffer, those of the odd blocks of the other, for good; a hook before each block makes sure
-that the buffer holds this block and sends for the next one, which a thread reads while this one computes. So neither the
-device nor the host ever holds more than two blocks (and, while one is read, its pages of the file), results are bit-equal,
-and neither the network, its LoRA nor its training know of it: when gradient checkpointing runs the blocks again, last to
-first, they are fetched in that order. Without checkpointing autograd refuses, as the weights it needs have been overwritten.
+`load_streamed` builds a network as `checkpoint.load` does, but for the blocks of one of its lists. The parameters of
+the even blocks are views of one buffer, those of the odd blocks of the other, for good; a hook before each block
+makes sure that the buffer holds this block and sends for the next one, which a thread reads while this one computes.
+So neither the device nor the host ever holds more than two blocks (and, while one is read, its pages of the file),
+results are bit-equal, and neither the network, its LoRA nor its training know of it: when gradient checkpointing runs
+the blocks again, last to first, they are fetched in that order. Without checkpointing autograd refuses, as the
+weights it needs have been overwritten.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +26,8 @@ class BlockStream:
 
     def __init__(self, blocks: nn.ModuleList, entries: tuple[str, ...], places: list[dict[Path, dict[str, str]]],
                  dtypes: dict[str, torch.dtype], device: torch.device):
-        """blocks on the meta device, all alike, and the `entries` of `load_streamed`; `places` says for each block where its
-        tensors are (see `checkpoint.locate`), `dtypes` what they become."""
+        """blocks on the meta device, all alike, and the `entries` of `load_streamed`; `places` says for each block
+        where its tensors are (see `checkpoint.locate`), `dtypes` what they become."""
         self.places, self.layout, size = places, [], 0  # layout: name, dtype, shape, first byte
         for name, parameter in blocks[0].named_parameters():
             self.layout.append((name, dtypes[name], parameter.shape, size))
@@ -83,8 +84,8 @@ class BlockStream:
 
 def load_streamed(network: type[N], folder: str | Path, device: torch.device | str, dtype: torch.dtype,
                   blocks: str, entries: tuple[str, ...] = ()) -> N:
-    """`checkpoint.load`, with the same errors at once, but for the ModuleList named `blocks`, which is streamed. `entries`
-    names parts of a block that are also called by themselves: it is fetched before these too."""
+    """`checkpoint.load`, with the same errors at once, but for the ModuleList named `blocks`, which is streamed.
+    `entries` names parts of a block that are also called by themselves: it is fetched before these too."""
     folder = Path(folder)
     module = build(network, folder)
     places = [{} for _ in module.get_submodule(blocks)]

@@ -186,7 +186,8 @@ Layer = Callable[[Tensor, Cache], Tensor]  # [1, C, H, W] -> [frames, C', H', W'
 
 
 def through(layers: Iterable[Layer], frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Frames `[1, C, H, W]` one by one through all layers; what comes out, one by one as well, as soon as it is known."""
+    """Frames `[1, C, H, W]` one by one through all layers; what comes out, one by one as well, as soon as it is
+    known."""
     cache: Cache = {}
 
     def step(layer: Layer, frames: Iterable[Tensor]) -> Iterator[Tensor]:

@@ -42,8 +42,8 @@ from helios.vae import VAE
 from mini import world
 from mini.pretrain import HELD_OUT
 from mini.world import Clip, make_clip
-from render import Warp, render
 from model import Helios
+from render import Warp, render
 from wah import Options, Rollout, model_options
 
 REGIONS = ("all", "visible", "invisible")

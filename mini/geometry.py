@@ -113,7 +113,8 @@ def losses(prediction: Prediction, views: Views) -> dict[str, Tensor]:
     if views.images.shape[1] > 1:
         (found_turn, found_place), (turn, place) = seen_from_each(prediction.c2w), seen_from_each(views.c2w)
         parts["turn"] = (found_turn - turn).abs().mean()
-        parts["place"] = (found_place / prediction.metric[:, None, None, None] - place / unit[:, None, None, None]).abs().mean()
+        found_place = found_place / prediction.metric[:, None, None, None]
+        parts["place"] = (found_place - place / unit[:, None, None, None]).abs().mean()
     return parts
 
 

@@ -85,7 +85,7 @@ def fit_codec(seeds: range) -> Codec:
     maps = []
     for symmetry in symmetries():
         inside = basis.T @ permute(basis.T, *symmetry).T  # projections of the turned blocks
-        maps.append((inside * scale[None] / scale[:, None]))
+        maps.append(inside * scale[None] / scale[:, None])
     return Codec(basis.float(), scale.float(), torch.stack(maps).float())
 
 

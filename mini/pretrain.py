@@ -180,7 +180,8 @@ class Generator(nn.Module):
 
 
 def history(prefix: Tensor, native: Tensor, bands: bool) -> History:
-    """That of native Helios from the first latent [B, 16, 1, h, w] and the latest 19; without `bands` of the short one alone."""
+    """That of native Helios from the first latent [B, 16, 1, h, w] and the latest 19; without `bands` of the short
+    one alone."""
     whole = pseudo_history(prefix, native, drop=False)
     return whole if bands else replace(whole, mid=None, long=None)
 

@@ -587,7 +587,8 @@ def car_roundabout(frames: int = 99, size: tuple[int, int] = (192, 288)) -> Clip
         x, z = at(start, lane + aside)
         center = x + along * math.cos(start), -up, z - along * math.sin(start)
         solids.append(Solid(shape, center, half, start, texture, "red car" if shape == "box" else "", drive))
-    scene = Scene("", True, (4.5, 3.4, 4.8), surfaces, (2.0, 1.0), tuple(solids), (0.5, -0.75, -0.43), ((0.0,) * 3,) * 2)
+    sun, sky = (0.5, -0.75, -0.43), ((0.0,) * 3,) * 2
+    scene = Scene("", True, (4.5, 3.4, 4.8), surfaces, (2.0, 1.0), tuple(solids), sun, sky)
     progress = torch.linspace(0, 1, frames, dtype=torch.float64)
     angle, away = math.pi + 0.75 - 1.5 * progress, 4.0 - 0.5 * (math.pi * progress).sin()
     position = torch.stack([away * angle.sin(), -1.9 + 0.5 * progress, away * angle.cos()], dim=-1)

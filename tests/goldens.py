@@ -1,7 +1,8 @@
 """Numbers recorded from the official code, and the one way to compare with them.
 
 `tests/golden/` holds inputs and outputs of the official programs on small random models. `check` asserts a
-tolerance and remembers the worst difference of each component; `conftest.py` prints them as a table at the end of a run.
+tolerance and remembers the worst difference of each component; `conftest.py` prints them as a table at the end of a
+run.
 """
 
 import json

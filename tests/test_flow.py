@@ -11,9 +11,26 @@ import torch
 from einops import rearrange
 from goldens import DISTILLED, HELIOS, cases, check, tensors
 
-from helios.flow import (Schedule, block_noise, dmd, downsample_noise, endpoints, euler, guide, interval_levels,
-                         load_schedule, renoise, sample, shift_mu, shifted_levels, stage_tables, table_levels,
-                         timesteps, training_item, unipc)
+from helios.flow import (
+    Schedule,
+    block_noise,
+    dmd,
+    downsample_noise,
+    endpoints,
+    euler,
+    guide,
+    interval_levels,
+    load_schedule,
+    renoise,
+    sample,
+    shift_mu,
+    shifted_levels,
+    stage_tables,
+    table_levels,
+    timesteps,
+    training_item,
+    unipc,
+)
 
 SCHEDULE = cases(HELIOS / "schedule.json")
 STEPS = tensors(HELIOS / "scheduler_steps.safetensors")

@@ -17,11 +17,24 @@ from helios.vae import VAE
 from mini import ablate
 from mini.ablate import measure
 from mini.latents import FRAMES, SIZE, encode_clip, fit_codec, load_codec, make_parts, save_codec, symmetries
-from mini.pretrain import (HELD_OUT, VAE_CONFIG, Clips, Generator, Recipe, draw_start, export, fit, history,
-                           make_tokenizer, save_state, vae_losses, velocity_loss)
+from mini.pretrain import (
+    HELD_OUT,
+    VAE_CONFIG,
+    Clips,
+    Generator,
+    Recipe,
+    draw_start,
+    export,
+    fit,
+    history,
+    make_tokenizer,
+    save_state,
+    vae_losses,
+    velocity_loss,
+)
 from mini.world import caption, make_clip, make_scene
-from sample import main as sample
 from model import Helios
+from sample import main as sample
 from wah import Options, Rollout, model_options
 
 

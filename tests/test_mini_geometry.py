@@ -12,8 +12,19 @@ from geometry.camera import inverse, move_path
 from geometry.pi3x import Branch, Pi3X, Pi3XConfig, Prediction, focal_from_rays, load_pi3x, nearest_rotation
 from geometry.surface import estimate, pinhole
 from mini import geometry, world
-from mini.geometry import (INPUT, SIZE, WEIGHTS, Views, draw_views, evaluate, export, losses, seen_from_each, train,
-                           unit_rows)
+from mini.geometry import (
+    INPUT,
+    SIZE,
+    WEIGHTS,
+    Views,
+    draw_views,
+    evaluate,
+    export,
+    losses,
+    seen_from_each,
+    train,
+    unit_rows,
+)
 from mini.pretrain import HELD_OUT, Recipe
 from mini.world import poses
 

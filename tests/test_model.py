@@ -1,4 +1,5 @@
-"""The DiT, its LoRA and the loader against the recorded official numbers, diffusers, and the released model's tables."""
+"""The DiT, its LoRA and the loader against the recorded official numbers, diffusers, and the released model's
+tables."""
 
 import json
 import os
@@ -223,7 +224,8 @@ def test_checkpointing_keeps_little(checkpointing):
 @pytest.mark.parametrize("case", ["all_bands", "no_history", "no_guidance_cross_attn"])
 @pytest.mark.parametrize("again, keep", [(True, False), (True, True), (False, False)])
 def test_counted_training_flops(checkpointing, case, again, keep):
-    """As torch counts them in forward and backward, but for the adapters' own products and what is outside the blocks."""
+    """As torch counts them in forward and backward, but for the adapters' own products and what is outside the
+    blocks."""
     from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
     model, lora = variant(checkpointing, case), load_lora(HELIOS / "lora_noprefix.safetensors")

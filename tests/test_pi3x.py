@@ -8,8 +8,19 @@ import torch.nn.functional as F
 from goldens import GEOMETRY, check, tensors
 from safetensors.torch import save_file
 
-from geometry.pi3x import (Block, Branch, Pi3X, Pi3XConfig, append_view_plane, focal_from_rays, load_pi3x,
-                           nearest_rotation, resize_positions, rope_table, rotate)
+from geometry.pi3x import (
+    Block,
+    Branch,
+    Pi3X,
+    Pi3XConfig,
+    append_view_plane,
+    focal_from_rays,
+    load_pi3x,
+    nearest_rotation,
+    resize_positions,
+    rope_table,
+    rotate,
+)
 
 WEIGHTS = GEOMETRY / "pi3x_weights.safetensors"
 UNITS = tensors(GEOMETRY / "pi3x_units.safetensors")

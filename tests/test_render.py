@@ -281,7 +281,8 @@ def test_moves_end_where_they_say():
 
 
 @pytest.mark.parametrize("text, message", [
-    ("forward 1, fly 2", "unknown verb 'fly', expected forward, back"), ("forward", "one number below 10000 after 'forward'"),
+    ("forward 1, fly 2", "unknown verb 'fly', expected forward, back"), ("forward", "one number below 10000"
+                                                                                    " after 'forward'"),
     ("yaw left", "one number below 10000 after 'yaw'"), ("", "unknown verb ''"), ("forward 1,", "unknown verb"),
     ("forward 1 2", "one number"), ("yaw nan", "one number"), ("hold 3", "hold alone"),
 ])  # fmt: skip

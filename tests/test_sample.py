@@ -70,8 +70,22 @@ def read(path: str) -> np.ndarray:
 def test_official_latents(place, case, extra):
     """From files to the official latents of the same seed."""
     desc = CASES[case]["desc"]
-    status = sample("--image", "image.png", "--warp", "warp.npy", "mask.npy", "--prompt", CASES["_common"]["prompt"],
-                    "--frames", str(desc["num_frames_arg"]), "--seed", str(desc["seed"]), "--set", "latents=x.safetensors", *extra)
+    status = sample(
+        "--image",
+        "image.png",
+        "--warp",
+        "warp.npy",
+        "mask.npy",
+        "--prompt",
+        CASES["_common"]["prompt"],
+        "--frames",
+        str(desc["num_frames_arg"]),
+        "--seed",
+        str(desc["seed"]),
+        "--set",
+        "latents=x.safetensors",
+        *extra,
+    )
     assert status == 0
     latents = load_file("x.safetensors")["latents"]
     full = f"{case}.latents" in RUNS
@@ -99,7 +113,8 @@ def test_lengths_and_files(place, words, length, led):
 
 
 def test_warp_goes_with_the_poses(place):
-    """The warp video starts with the picture, and moving forward enlarges what is in the middle: a white square grows."""
+    """The warp video starts with the picture, and moving forward enlarges what is in the middle: a white square
+    grows."""
     picture = np.full((64, 128, 3), 60, np.uint8)
     picture[24:40, 56:72] = 220
     Image.fromarray(picture).save("square.png")
@@ -114,7 +129,8 @@ PI3X = ["--set", f"geometry={WEIGHTS}"]
 
 
 def test_geometry_from_the_picture_alone(place, capsys):
-    """Nothing but weights: Pi3X beside the checkpoint is found, later chunks are estimated anew, the check is written."""
+    """Nothing but weights: Pi3X beside the checkpoint is found, later chunks are estimated anew, the check is
+    written."""
     weights = place / "weights" / "model"
     shutil.copytree(DISTILLED, weights)
     (place / "weights" / "Pi3X").mkdir()
@@ -148,8 +164,8 @@ def test_keyframes_are_the_weights_own(place, monkeypatch):
 
 @pytest.mark.parametrize("free, kept", [(2**60, True), (0, False)])
 def test_pi3x_makes_room_for_the_transformer(place, monkeypatch, free, kept):
-    """It is let go before the other networks are loaded and read again for each later chunk, unless all fit at once; one
-    chunk needs it once in any case. The video is the same."""
+    """It is let go before the other networks are loaded and read again for each later chunk, unless all fit at once;
+    one chunk needs it once in any case. The video is the same."""
     loaded, alive, made = [], [], []
 
     def load(*arguments):

@@ -26,14 +26,27 @@ from safetensors.torch import save_file
 import clips
 import render
 import train
-from clips import (Case, Choices, Clip, Condition, Conditions, Geometries, change_form, draw_case, find_video,
-                   item_order, known_geometry, read_frames, render_case)
+from clips import (
+    Case,
+    Choices,
+    Clip,
+    Condition,
+    Conditions,
+    Geometries,
+    change_form,
+    draw_case,
+    find_video,
+    item_order,
+    known_geometry,
+    read_frames,
+    render_case,
+)
 from files import media
 from files.checkpoint import load
 from files.draw import draw_curve, save_png
+from geometry import surface
 from geometry.camera import normalize
 from geometry.pi3x import load_pi3x
-from geometry import surface
 from geometry.surface import geometry_size
 from helios.flow import load_schedule
 from helios.load import Models, Prompts, add_trigger, embed_prompts

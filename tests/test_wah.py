@@ -21,8 +21,8 @@ from helios.index import read_index
 from helios.load import encode_prompts, load_models
 from helios.lora import load_lora
 from memory import Camera, Memory
-from render import Warp, make_warp, render
 from model import Helios
+from render import Warp, make_warp, render
 from wah import Options, Rollout, mask_latents, model_options
 
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
