@@ -1,7 +1,6 @@
-"""The renderer and camera paths against the official numbers; moves, files, properties and the preview program."""
+"""The renderer against the official numbers; properties and the preview program."""
 
 import json
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,17 +9,17 @@ import torch
 from goldens import GEOMETRY, check, config, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known import picture
 from PIL import Image
 
 import render
 from files import draw, media
 from geometry import camera, surface
-from geometry.camera import CameraPath, move_path
+from geometry.camera import move_path
 from geometry.paths import load_path
 from geometry.pi3x import load_pi3x
 from geometry.surface import Geometry
 from render import RenderSettings, render_frames
-from sample import pose_chunks
 
 FIELDS = ("point_map_world", "depth_map", "conf_map", "valid_mask", "intrinsic", "source_pose", "source_rgb_u8")
 
@@ -187,45 +186,12 @@ def test_fallback_retries_and_the_whole_call():
         next(render_frames(nowhere, poses))
 
 
-# ---- poses and sizes against the goldens
+# ---- sizes against the goldens
 
 
 @pytest.fixture(scope="module")
 def poses():
     return tensors(GEOMETRY / "poses.safetensors")
-
-
-def test_pose_normalisation(poses):
-    given = poses["roll/poses"]
-    for name, value, frames in [("exact4x4", given, 7), ("pad4x4", given, 11), ("trunc4x4", given, 4),
-                                ("from3x4", given[:, :3], 8), ("batch", given[None], 7),
-                                ("nonorthonormal_out", poses["roll/nonorthonormal_in"], 7),
-                                ("scaled_then_rel", poses["roll/scaled_0.1x3.7"], 7)]:  # fmt: skip
-        check("Poses", camera.normalize(value, frames), poses[f"roll/{name}"], 1e-6)
-    check("Poses", camera.inverse(given), poses["roll/se3_inverse"], 1e-6)
-    check("Poses", camera.scale_translation(given, 0.1 * 3.7), poses["roll/scaled_0.1x3.7"], 1e-6)
-    for shape in ((2, 5, 4, 4), (4, 4), (5, 4, 3)):
-        with pytest.raises(ValueError, match="expected"):
-            camera.homogeneous(torch.zeros(shape))
-
-
-def window(path, chunk):
-    """What sample.py feeds and the cameras make of it: 33 poses, after chunk 0 with the one before in front."""
-    chunks = [camera.hold(control.poses) for control in pose_chunks(path, 33 * (chunk + 1))]
-    return torch.cat([chunks[chunk - 1][-1:], chunks[chunk]]) if chunk else chunks[0]
-
-
-def test_windows(poses):
-    path, expected = poses["auto/poses_in"], config(GEOMETRY / "poses.safetensors")
-    for length, chunks in expected["windows_33"].items():
-        for chunk, indices in enumerate(chunks):
-            assert window(torch.arange(int(length)), chunk).tolist() == indices
-    for chunk in (1, 2):
-        check("Pose windows", window(path, chunk), poses[f"auto/chunk{chunk}"], 0)
-    check("Pose windows", window(path[:50], 1), poses["auto/short17_chunk1"], 0)
-    for chunk in range(3):
-        scaled = camera.scale_translation(window(path, chunk), expected["effective_scale_used"])
-        check("Poses", camera.normalize(scaled, len(scaled)), poses[f"auto/rollout{chunk}"], 1e-6)
 
 
 def test_sizes_masks_and_boundary_frame(poses):
@@ -245,119 +211,7 @@ def test_sizes_masks_and_boundary_frame(poses):
         check("Depth scale", surface.median_depth(source), expected[name], 1e-6, relative=True)
 
 
-def test_web_page_moves(poses):
-    axes = {"strafe_right": (0, 1), "strafe_left": (0, -1), "rise": (1, 1), "descend": (1, -1), "forward": (2, 1),
-            "backward": (2, -1), "yaw_right": (3, 1), "yaw_left": (3, -1), "pitch_up": (4, 1), "pitch_down": (4, -1),
-            "roll_right": (5, 1), "roll_left": (5, -1)}  # fmt: skip
-    for index, case in enumerate(config(GEOMETRY / "poses.safetensors")["web"]):
-        move = torch.zeros(6)
-        for button in case["buttons"]:
-            component, sign = axes[button]
-            move[component] += sign
-        move[:3] /= max(move[:3].norm(), 1e-9)
-        move[3:] *= case["rotation_degrees"]
-        progress = torch.linspace(0 if case["include_start"] else 1 / case["window"], 1, case["window"])
-        path = camera.motion(poses[f"web/{index}/start"], move, progress)
-        check("Web page moves", path, poses[f"web/{index}/poses"], 1e-6)
-        check("Web page moves", path[-1], poses[f"web/{index}/end"], 1e-6)
-
-
-# ---- moves and files
-
-
-def test_moves_end_where_they_say():
-    path = move_path("forward 1, yaw 90, forward 2 + up 1, hold")
-    assert path.shape == (132, 4, 4)
-    assert torch.equal(path[0], torch.eye(4))
-    ends = path[32::33, :3, 3]
-    check("Moves", ends, torch.tensor([[0, 0, 1], [0, 0, 1], [2, -1, 1], [2, -1, 1.0]]), 1e-6)  # right of z is x; up -y
-    check("Moves", path[65, :3, 2], torch.tensor([1.0, 0, 0]), 1e-6)  # yawed right: z looks along x
-    check("Moves", move_path("pitch 90")[-1, :3, 2], torch.tensor([0, -1.0, 0]), 1e-6)
-    check("Moves", move_path("roll 90")[-1, :3, 0], torch.tensor([0, 1.0, 0]), 1e-6)  # clockwise: x turns to down
-    assert torch.equal(move_path("left 1.5"), move_path("right -1.5"))
-    steps = (path[1:, :3, 3] - path[:-1, :3, 3]).norm(dim=-1)
-    assert steps[0] < 0.01 < 0.04 < steps[16] < 0.06  # slow at the ends, fast in the middle
-    assert steps.max() < 0.12
-
-
-@pytest.mark.parametrize("text, message", [
-    ("forward 1, fly 2", "unknown verb 'fly', expected forward, back"), ("forward", "one number below 10000"
-                                                                                    " after 'forward'"),
-    ("yaw left", "one number below 10000 after 'yaw'"), ("", "unknown verb ''"), ("forward 1,", "unknown verb"),
-    ("forward 1 2", "one number"), ("yaw nan", "one number"), ("hold 3", "hold alone"),
-])  # fmt: skip
-def test_bad_moves(text, message):
-    with pytest.raises(ValueError, match=message):
-        move_path(text)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.lists(st.floats(-3, 3), min_size=6, max_size=6))
-def test_inverse_and_file_round_trip(tmp_path_factory, move):
-    move = torch.tensor(move) * torch.tensor([1, 1, 1, 60, 60, 60.0])
-    path = camera.motion(torch.eye(4), move, torch.linspace(0, 1, 5))
-    check("Pose round trip", camera.inverse(camera.inverse(path)), path, 1e-5)
-    check("Pose round trip", camera.inverse(path) @ path, torch.eye(4).expand(5, 4, 4), 1e-5)
-    file = tmp_path_factory.mktemp("path") / "poses.json"
-    file.write_text(json.dumps({"c2w": path[:, :3].tolist(), "fps": 24, "fov_x": 60.5}))
-    loaded = load_path(file)
-    assert torch.equal(loaded.c2w, path) and (loaded.fps, loaded.fov_x) == (24, 60.5)
-
-
-def test_official_path_file(tmp_path):
-    path = move_path("forward 1")
-    np.savez(tmp_path / "camera_poses.npz", camera_poses=path.numpy())
-    loaded = load_path(tmp_path / "camera_poses.npz")
-    assert torch.equal(loaded.c2w, path) and loaded == CameraPath(loaded.c2w, None, None)
-
-
-STILL = move_path("hold").tolist()
-
-
-def broken(frame, change):
-    path = move_path("forward 1").clone()
-    path[frame] = change(path[frame])
-    return path.tolist()
-
-
-@pytest.mark.parametrize("content, message", [
-    ({"c2w": broken(3, lambda p: p * math.nan)}, "frame 3: a number is not finite"),
-    ({"c2w": broken(4, lambda p: p + torch.eye(4) * 0.01)}, "frame 4: the last row"),
-    ({"c2w": broken(5, lambda p: torch.diag(torch.tensor([1, 1.1, 1, 1])) @ p)}, "frame 5: .* orthonormal"),
-    ({"c2w": broken(6, lambda p: torch.diag(torch.tensor([1, -1.0, 1, 1])) @ p)}, "frame 6: .* reflection"),
-    ({"c2w": move_path("hold")[:1].tolist()}, "1 pose"), ({"c2w": [[1, 2], [3]]}, "expected a list"),
-    ({"c2w": [[1, 2], [3, 4]]}, "expected"), ({"poses": []}, "the key 'c2w'"), ([], "the key 'c2w'"), ({"c2w": [[["1"]]]}, "expected"),
-    ({"c2w": broken(2, lambda p: p + 1e7 * torch.eye(4).roll(-1, 1))}, "frame 2: .*1e6"), ({"c2w": [10**400]}, "expected"),
-    ({"c2w": STILL, "fps": -1}, "fps"), ({"c2w": STILL, "fps": 0}, "fps"), ({"c2w": STILL, "fov_x": 180}, "fov_x"),
-    ({"c2w": STILL, "fps": "fast"}, "fps is 'fast'"), ({"c2w": []}, "expected"),
-])  # fmt: skip
-def test_bad_path_files(tmp_path, content, message):
-    file = tmp_path / "poses.json"
-    file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"(?s)poses.json.*{message}"):
-        load_path(file)
-
-
-def test_unreadable_path_files(tmp_path):
-    (tmp_path / "p.json").write_text("{")
-    (tmp_path / "p.npz").write_bytes(b"nothing")
-    np.savez(tmp_path / "other.npz", c2w=np.eye(4))
-    np.savez(tmp_path / "pickle.npz", camera_poses=np.array([{}], dtype=object))
-    for name, message in (("p.json", "not valid JSON"), ("p.npz", "not a readable numpy file"),
-                          ("p.obj", "unknown camera"), ("other.npz", "no array 'camera_poses', found c2w"),
-                          ("pickle.npz", "plain numbers")):
-        with pytest.raises(ValueError, match=message):
-            load_path(tmp_path / name)
-    with pytest.raises(OSError):
-        load_path(tmp_path / "missing.json")
-
-
 # ---- geometry and properties
-
-
-def picture(height=96, width=160):
-    rows, columns = torch.meshgrid(torch.linspace(0, 1, height), torch.linspace(0, 1, width), indexing="ij")
-    return torch.stack([columns, rows, (8 * columns).sin() / 2 + 0.5])[None] * 1.6 - 0.8
 
 
 @settings(max_examples=8, deadline=None)
@@ -372,36 +226,6 @@ def test_identity_reproduces_the_source(depth, slope, fov):
     assert visible[1:-1, 1:-1].all()
     step = max(source.rgb.int().diff(dim=axis).abs().max() for axis in (0, 1))
     assert (rgb.int() - source.rgb.int())[visible].abs().max() <= step  # a sample is at most half a pixel away
-
-
-def test_a_thumbnail_keeps_the_pictures_colours():
-    """Stripes too fine for the video's own size are still on the geometry's surface; at official sizes nothing changes."""
-    stripes = np.tile(np.repeat(np.uint8([0, 255]), 3), 64)[None, :, None].repeat(256, 0).repeat(3, 2)
-    image, geometry = surface.place(Image.fromarray(stripes), None, 60, (64, 96))
-    assert geometry.rgb.float().std() > 90 > 127.5 * image.std()
-    image, geometry = surface.place(Image.fromarray(stripes), None, 60, (384, 640))
-    assert torch.equal(geometry.rgb, surface.geometry_from_depth(image, torch.ones(1, 1), surface.pinhole(60, 384, 640)).rgb)
-
-
-def test_geometry_from_depth_is_a_pinhole():
-    source = surface.geometry_from_depth(picture(), torch.ones(3, 5) * 2, surface.pinhole(90, 96, 160))
-    height, width = source.depth.shape
-    assert (height, width) == (378, 644) and source.valid.all()  # of 16 points a pixel
-    check("Geometry from depth", source.K[0], torch.tensor([width / 2, 0, (width - 1) / 2]), 1e-4)
-    check("Geometry from depth", source.K[1], torch.tensor([0, height / 2 * 160 / 96, (height - 1) / 2]), 1e-4)
-    check("Geometry from depth", source.points[0, 0, 0], torch.tensor(-2 * (width - 1) / width), 1e-5)
-    assert (source.points[..., 2] == 2).all() and source.rgb.dtype == torch.uint8
-
-
-def test_unknown_depth_is_invalid_and_does_not_bleed():
-    depth = torch.full((96, 160), 3.0)
-    depth[40:60, 50:80] = math.nan
-    depth[10:20, 10:20], depth[80:85, 100:120] = -1, math.inf
-    source = surface.geometry_from_depth(picture(), depth, surface.pinhole(60, 96, 160))
-    check("Geometry from depth", source.depth[source.valid], torch.tensor(3.0).expand(source.valid.sum()), 1e-6)
-    share = (~source.valid).float().mean().item()
-    assert abs(share - (600 + 100 + 100) / depth.numel()) < 0.005
-    assert source.points.isfinite().all()
 
 
 def test_directions():
@@ -492,23 +316,6 @@ def test_preview(tmp_path, capsys):
     assert f"element vertex {len(cloud)}".encode() in header and b"binary_little_endian" in header
     assert np.array_equal(cloud["xyz"], source.points[source.valid].numpy())
     assert np.array_equal(cloud["rgb"], source.rgb[source.valid].numpy())
-
-
-def test_depth_and_field_of_view_are_cropped_with_the_picture():
-    """A wide picture loses its sides: a depth edge stays on its colour edge, at any size of the depth map, and the field
-    of view of the whole picture narrows."""
-    edge = np.zeros((100, 400, 3), np.uint8)
-    edge[:, 170:] = 255
-    for rows, columns in ((100, 400), (50, 200), (10, 400)):
-        depth = torch.ones(rows, columns)
-        depth[:, round(columns * 170 / 400):] = 3
-        _, geometry = surface.place(Image.fromarray(edge), depth, 90, (64, 128))
-        color = geometry.rgb[200, :, 0] > 127
-        place = (geometry.depth[200] > 2).int().argmax() - color.int().argmax()
-        assert abs(place) <= 4, f"{rows}x{columns}: {place} pixels apart of {len(color)}"
-    width = geometry.depth.shape[1]
-    seen = 2 * math.degrees(math.atan(width / 2 / geometry.K[0, 0]))
-    assert abs(seen - 2 * math.degrees(math.atan(0.5))) < 0.1  # half the width of 90 degrees
 
 
 def test_preview_by_pi3x(tmp_path, capsys):

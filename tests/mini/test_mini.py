@@ -161,13 +161,13 @@ def exported(folder):
 def test_an_export_is_a_whole_model(exported, tmp_path, monkeypatch):
     assert load_models(Helios, exported, "cpu").transformer.proj_out.bias.eq(0.5).all()
     assert read_index(exported).size == SIZE and model_options(exported) == Options(steps=(4,), guidance=1.0)
-    shipped = Path(__file__).parent.parent / "weights" / "mini"
+    shipped = Path(__file__).parents[2] / "weights" / "mini"
     for name in ("model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json"):
         assert json.loads((exported / name).read_text()) == json.loads((shipped / name).read_text())
     assert sum(path.stat().st_size for path in shipped.rglob("*") if path.is_file()) < 25e6
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    words = ["--image", str(Path(__file__).parent.parent / "data" / "hall.png"), "--prompt", "a room"]
+    words = ["--image", str(Path(__file__).parents[2] / "data" / "hall.png"), "--prompt", "a room"]
     assert sample([*words, "--weights", str(exported), "--out", "out.mp4"]) == 0
     assert (tmp_path / "out.mp4").is_file()
 

@@ -17,7 +17,7 @@ from files import media
 from geometry import camera, paths, surface
 from mini import world
 
-DATA = Path(__file__).parent.parent / "data"
+DATA = Path(__file__).parents[2] / "data"
 SIZE = (64, 96)
 SEEDS = range(300, 308)  # rooms and squares, some with moving things
 VOCABULARY = {

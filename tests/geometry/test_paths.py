@@ -1,9 +1,8 @@
-"""Camera paths: one known path in every file format, bad files, resampling, presets, properties of the arithmetic."""
+"""Camera files: one known path in every format, and bad files."""
 
 import json
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,10 @@ import torch
 from goldens import check
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known import C2W, Q, rotations, turned
 
 from geometry import camera
-from geometry.camera import CameraPath, describe, move_path, resample
+from geometry.camera import CameraPath, describe, move_path
 from geometry.paths import load_path
 
 FOV, WIDTH, HEIGHT = 62.0, 640, 384
@@ -22,29 +22,6 @@ FOCAL = WIDTH / 2 / math.tan(math.radians(FOV) / 2)
 K = [[FOCAL, 0, WIDTH / 2], [0, FOCAL, HEIGHT / 2], [0, 0, 1]]
 FLIP = np.diag([1.0, -1, -1, 1])  # OpenCV to OpenGL axes of the camera
 NAN = math.nan
-
-
-def turned(axis, degrees):
-    """Rodrigues' formula, in double precision."""
-    x, y, z = np.array(axis) / np.linalg.norm(axis)
-    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
-    angle = math.radians(degrees)
-    return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
-
-
-def known_path():
-    """Twelve poses, each turned by 15 degrees more about the axis (1, 2, -3), and their quaternions (w x y z)."""
-    poses, quaternions = [], []
-    for frame in range(12):
-        pose, half = np.eye(4), math.radians(7.5 * (frame + 1))
-        pose[:3, :3] = turned((1, 2, -3), 15 * (frame + 1))
-        pose[:3, 3] = math.sin(frame), 0.3 * frame, 4 - 0.1 * frame**2
-        poses.append(pose)
-        quaternions.append([math.cos(half), *math.sin(half) * np.array([1, 2, -3]) / math.sqrt(14)])
-    return np.stack(poses), np.array(quaternions)
-
-
-C2W, Q = known_path()
 W2C = np.linalg.inv(C2W)
 Q_W2C = Q * [1, -1, -1, -1]
 
@@ -107,7 +84,7 @@ def same(path, fov_x=FOV, fps=None):
 ])
 def test_sample_files(name, fov_x, fps):
     """The files in tests/paths, one of each format, hold the same path."""
-    same(load_path(Path(__file__).parent / "paths" / name), fov_x, fps)
+    same(load_path(Path(__file__).parents[1] / "paths" / name), fov_x, fps)
 
 
 @pytest.mark.parametrize("name", JSON)
@@ -262,30 +239,6 @@ def test_bad_folders(tmp_path):
     refused(tmp_path, "cameras.txt, line 1: .*'wide'")
 
 
-# ---- the arithmetic
-
-
-rotations = st.tuples(st.floats(-1, 1), st.floats(-1, 1), st.floats(0.1, 1), st.floats(-180, 180))
-
-
-@settings(max_examples=60, deadline=None)
-@given(rotations, st.lists(st.floats(-9, 9), min_size=3, max_size=3))
-def test_quaternion_and_inverse(turn, place):
-    rotation = torch.from_numpy(turned(turn[:3], turn[3]))[None]
-    q = camera.quaternion(rotation)
-    assert q[0, 0] >= 0
-    check("Quaternions", q.norm(dim=-1), torch.ones(1), 1e-12)
-    pose = camera.rigid(q, torch.tensor([place], dtype=torch.float64))
-    check("Quaternions", pose[:, :3, :3], rotation, 1e-12)
-    axis = np.array(turn[:3]) / np.linalg.norm(turn[:3])
-    half = math.radians(turn[3]) / 2
-    expected = torch.tensor([math.cos(half), *(math.sin(half) * axis)])  # cos >= 0 up to 180 degrees
-    if abs(turn[3]) < 179.9:
-        check("Quaternions", q[0], expected, 1e-6)
-    check("Pose inverse", camera.inverse(pose) @ pose, torch.eye(4)[None], 1e-9)
-    check("Pose inverse", camera.inverse(camera.inverse(pose)), pose, 1e-9)
-
-
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.tuples(rotations, st.floats(-50, 50)), min_size=2, max_size=6))
 def test_every_convention_gives_the_same_path(tmp_path_factory, frames):
@@ -299,116 +252,61 @@ def test_every_convention_gives_the_same_path(tmp_path_factory, frames):
 
 
 @settings(max_examples=30, deadline=None)
-@given(rotations.filter(lambda turn: abs(turn[3]) < 179), st.integers(2, 40))
-def test_resample_is_slerp(turn, frames):
-    """Between two poses lies a part of the turn that parts them, about the same axis, and a straight way."""
-    ends = np.tile(np.eye(4), (2, 1, 1))
-    ends[:, :3, :3] = turned((3, 1, 2), 100), turned((3, 1, 2), 100) @ turned(turn[:3], turn[3])
-    ends[:, :3, 3] = (1, 2, 3), (4, -2, 3)
-    path = resample(CameraPath(torch.from_numpy(ends).float(), 24, 50, "meter"), frames)
-    assert (path.fps, path.fov_x, path.unit) == (24, 50, "meter") and path.c2w.dtype == torch.float32
-    expected = np.tile(np.eye(4), (frames, 1, 1))
-    for pose, share in zip(expected, np.linspace(0, 1, frames)):
-        pose[:3, :3] = ends[0, :3, :3] @ turned(turn[:3], share * turn[3])
-        pose[:3, 3] = (1 + 3 * share, 2 - 4 * share, 3)
-    check("Resampled path", path.c2w, torch.from_numpy(expected), 1e-5)
-    assert torch.equal(path.c2w[[0, -1]], torch.from_numpy(ends).float())
+@given(st.lists(st.floats(-3, 3), min_size=6, max_size=6))
+def test_inverse_and_file_round_trip(tmp_path_factory, move):
+    move = torch.tensor(move) * torch.tensor([1, 1, 1, 60, 60, 60.0])
+    path = camera.motion(torch.eye(4), move, torch.linspace(0, 1, 5))
+    check("Pose round trip", camera.inverse(camera.inverse(path)), path, 1e-5)
+    check("Pose round trip", camera.inverse(path) @ path, torch.eye(4).expand(5, 4, 4), 1e-5)
+    file = tmp_path_factory.mktemp("path") / "poses.json"
+    file.write_text(json.dumps({"c2w": path[:, :3].tolist(), "fps": 24, "fov_x": 60.5}))
+    loaded = load_path(file)
+    assert torch.equal(loaded.c2w, path) and (loaded.fps, loaded.fov_x) == (24, 60.5)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(2, 9), st.integers(1, 5))
-def test_resample_keeps_the_given_poses(length, factor):
-    path = CameraPath(torch.from_numpy(C2W[:length]).float())
-    finer = resample(path, factor * (length - 1) + 1)
-    check("Resampled path", finer.c2w[::factor], path.c2w, 1e-6)
-    check("Resampled path", resample(finer, length).c2w, path.c2w, 1e-5)
+def test_official_path_file(tmp_path):
+    path = move_path("forward 1")
+    np.savez(tmp_path / "camera_poses.npz", camera_poses=path.numpy())
+    loaded = load_path(tmp_path / "camera_poses.npz")
+    assert torch.equal(loaded.c2w, path) and loaded == CameraPath(loaded.c2w, None, None)
 
 
-def test_resample_refuses_one_frame():
-    with pytest.raises(ValueError, match="at least 2"):
-        resample(CameraPath(torch.from_numpy(C2W).float()), 1)
+STILL = move_path("hold").tolist()
 
 
-def test_describe():
-    assert describe(CameraPath(move_path("forward 3, yaw -90, back 1"))) == "99 poses, 4 units travelled, 90 degrees turned"
-    assert describe(CameraPath(move_path("hold"))) == "33 poses, 0 units travelled, 0 degrees turned"
-    assert describe(CameraPath(torch.from_numpy(C2W).float())).endswith("165 degrees turned")
+def broken(frame, change):
+    path = move_path("forward 1").clone()
+    path[frame] = change(path[frame])
+    return path.tolist()
 
 
-# ---- presets
-
-
-@pytest.mark.parametrize("preset, verbs", [
-    ("dolly 0.5", "forward 5"), ("dolly -1", "back 10"), ("truck 0.3", "right 3"), ("pan 20", "yaw 20"),
-    ("tilt 9", "pitch 9"),
+@pytest.mark.parametrize("content, message", [
+    ({"c2w": broken(3, lambda p: p * math.nan)}, "frame 3: a number is not finite"),
+    ({"c2w": broken(4, lambda p: p + torch.eye(4) * 0.01)}, "frame 4: the last row"),
+    ({"c2w": broken(5, lambda p: torch.diag(torch.tensor([1, 1.1, 1, 1])) @ p)}, "frame 5: .* orthonormal"),
+    ({"c2w": broken(6, lambda p: torch.diag(torch.tensor([1, -1.0, 1, 1])) @ p)}, "frame 6: .* reflection"),
+    ({"c2w": move_path("hold")[:1].tolist()}, "1 pose"), ({"c2w": [[1, 2], [3]]}, "expected a list"),
+    ({"c2w": [[1, 2], [3, 4]]}, "expected"), ({"poses": []}, "the key 'c2w'"), ([], "the key 'c2w'"), ({"c2w": [[["1"]]]}, "expected"),
+    ({"c2w": broken(2, lambda p: p + 1e7 * torch.eye(4).roll(-1, 1))}, "frame 2: .*1e6"), ({"c2w": [10**400]}, "expected"),
+    ({"c2w": STILL, "fps": -1}, "fps"), ({"c2w": STILL, "fps": 0}, "fps"), ({"c2w": STILL, "fov_x": 180}, "fov_x"),
+    ({"c2w": STILL, "fps": "fast"}, "fps is 'fast'"), ({"c2w": []}, "expected"),
 ])  # fmt: skip
-def test_presets_that_are_verbs(preset, verbs):
-    assert torch.equal(move_path(preset), move_path(verbs))
+def test_bad_path_files(tmp_path, content, message):
+    file = tmp_path / "poses.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"(?s)poses.json.*{message}"):
+        load_path(file)
 
 
-@pytest.mark.parametrize("degrees", [30, -90, 360])
-def test_orbit(degrees):
-    path = move_path(f"orbit {degrees}").double()
-    angle = math.radians(degrees)
-    end = torch.tensor([10 * math.sin(angle), 0, 10 - 10 * math.cos(angle)])
-    check("Presets", path[-1, :3, 3], end, 1e-5)
-    check("Presets", path[-1, :3, :3], torch.from_numpy(turned((0, 1, 0), -degrees)), 1e-6)
-    looks_at_the_middle(path)
-    check("Presets", (path[:, :3, 3] - torch.tensor([0, 0, 10])).norm(dim=-1), torch.full((33,), 10.0), 1e-5)
-
-
-def looks_at_the_middle(path):
-    ahead = torch.tensor([0, 0, 10.0]) - path[:, :3, 3]
-    check("Presets", path[:, :3, 2], ahead / ahead.norm(dim=-1, keepdim=True), 1e-6)
-    check("Presets", path[:, 1, 0], torch.zeros(len(path)), 1e-6)  # the horizon stays level
-    assert torch.equal(path[0], torch.eye(4))
-    check("Presets", path[:, :3, :3] @ path[:, :3, :3].mT, torch.eye(3).expand(len(path), 3, 3), 1e-6)
-
-
-@pytest.mark.parametrize("degrees, end", [(360, [2, 0, 0]), (720, [4, 0, 0]), (90, [0, 0.5, 0]), (-90, [0, -0.5, 0])])
-def test_spiral(degrees, end):
-    path = move_path(f"spiral {degrees}")
-    check("Presets", path[-1, :3, 3], torch.tensor(end), 1e-6)
-    looks_at_the_middle(path)
-
-
-def test_presets_join_and_chain():
-    path = move_path("orbit 90 + forward 4, truck 1, orbit -90")
-    check("Presets", path[32, :3, 3], torch.tensor([6.0, 0, 10]), 1e-5)  # on the right of the middle, 4 nearer
-    check("Presets", path[65, :3, 3], torch.tensor([6.0, 0, 20]), 1e-5)  # its right is the first view's depth
-    check("Presets", path[98, :3, :3], torch.eye(3), 1e-6)
-    assert (path[1:] - path[:-1]).abs().max() < 1  # no jumps between chunks
-
-
-def test_retime():
-    path = replace(CameraPath(move_path("forward 4")), fps=10.0)
-    assert camera.retime(path, None, None, False) == (path, 33, 10.0)
-    assert camera.retime(path, 50, 24.0, False) == (path, 50, 24.0)  # the last pose will hold
-    assert camera.retime(replace(path, fps=None), None, None, False)[2] == 16
-    for frames, fps, expected in ((None, 20.0, 65), (None, 5.0, 17), (20, 5.0, 20)):
-        timed, count, rate = camera.retime(path, frames, fps, True)
-        assert (len(timed.c2w), count, rate) == (expected, expected, fps)
-        assert torch.equal(timed.c2w[[0, -1]], path.c2w[[0, -1]])
-    for frames, fps in ((0, None), (None, 0.5), (None, 1000.0)):
-        with pytest.raises(ValueError, match="--frames 0" if frames == 0 else "--fps"):
-            camera.retime(path, frames, fps, False)
-
-
-def test_path_error_of_known_poses():
-    """A path in another frame and unit is the same path; a turn and a shift are measured in degrees and units."""
-    wanted = move_path("forward 4 + yaw 30 + up 1")
-    frame = torch.eye(4)
-    frame[:3, :3], frame[:3, 3] = move_path("yaw 50 + roll 20")[-1, :3, :3], torch.tensor([1.0, 2, 3])
-    other = frame @ camera.scale_translation(wanted, 7)
-    error = camera.path_error(other, wanted)
-    assert error["frames"] == 33 and abs(error["scale"] - 1 / 7) < 1e-5
-    assert error["rotation_degrees"] < 1e-3 and error["translation"] < 1e-4 and error["translation_share"] < 1e-4
-    turned = wanted.clone()
-    turned[1:] = turned[1:] @ move_path("yaw 3")[-1]
-    assert abs(camera.path_error(turned, wanted)["rotation_degrees"] - 3) < 1e-3
-    line, shifted = move_path("forward 4"), move_path("forward 4")
-    shifted[1:, 0, 3] += 0.5  # beside the line: no scale can mend it
-    error = camera.path_error(shifted, line)
-    assert abs(error["translation"] - 0.5) < 0.05 and abs(error["translation_share"] - 0.125) < 0.0125
-    still = camera.path_error(move_path("hold"), move_path("hold"))
-    assert still["translation"] == still["translation_share"] == still["rotation_degrees"] == 0
+def test_unreadable_path_files(tmp_path):
+    (tmp_path / "p.json").write_text("{")
+    (tmp_path / "p.npz").write_bytes(b"nothing")
+    np.savez(tmp_path / "other.npz", c2w=np.eye(4))
+    np.savez(tmp_path / "pickle.npz", camera_poses=np.array([{}], dtype=object))
+    for name, message in (("p.json", "not valid JSON"), ("p.npz", "not a readable numpy file"),
+                          ("p.obj", "unknown camera"), ("other.npz", "no array 'camera_poses', found c2w"),
+                          ("pickle.npz", "plain numbers")):
+        with pytest.raises(ValueError, match=message):
+            load_path(tmp_path / name)
+    with pytest.raises(OSError):
+        load_path(tmp_path / "missing.json")
