@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from files.checkpoint import Network
+from files.checkpoint import Network, few
 from helios.lora import Lora
 
 
@@ -444,6 +444,6 @@ class Helios(Network):
             if expected and ([len(up), down.shape[1]] != expected or up.shape[1] != len(down)):
                 problems.append(f"{name}: A {list(down.shape)} and B {list(up.shape)} for a weight {expected}")
         if problems:
-            raise ValueError(f"{lora.source}: not a LoRA of this model: " + "; ".join(problems))
+            raise ValueError(f"{lora.source}: not a LoRA of this model: {few(problems)}")
         for name, layer in layers.items():
             layer.adapter = adapters.get(name)

@@ -41,7 +41,7 @@ from geometry.pi3x import Pi3X, find_pi3x, pi3x_source
 from geometry.surface import estimate, place
 from helios.flow import load_schedule
 from helios.index import check_weights, read_index
-from helios.load import MEMORY, default_weights, encode_prompts, find_lora, load_models, size_multiple
+from helios.load import MEMORY, default_weights, encode_prompts, files_read, find_lora, load_models, size_multiple
 from helios.lora import Lora, load_lora
 from memory import Camera, Memory
 from model import Helios
@@ -235,7 +235,7 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
 
 def load_settings(args: argparse.Namespace) -> Settings:
     """The words of --set over the official numbers for the weights."""
-    check_weights(args.weights)
+    args.weights = check_weights(args.weights)
     return parse_settings(args.set, model_options(args.weights, Settings()))
 
 
@@ -367,6 +367,7 @@ def describe_job(args: argparse.Namespace, job: Job) -> dict:
     about = vars(args) | asdict(job.settings) | {
         "size": job.size, "frames": job.frames, "fps": job.fps, "fp8": args.memory == "fp8",
         "dtype": str(network_dtype(job.settings.device)), "lora": Path(job.lora.source) if job.lora else None,
+        "weights": fingerprint(args.weights, files_read(args.weights)),
         "geometry": job.pi3x_file, "warp": [fingerprint(path) for path in args.warp or ()]}
     return {name: fingerprint(value) if isinstance(value, Path) else value
             for name, value in about.items() if name not in FREE}

@@ -264,7 +264,7 @@ class Job:
 def check(args: argparse.Namespace) -> Job:
     """What can be said of the words alone."""
     check_device(args.device)
-    check_weights(args.weights)
+    args.weights = check_weights(args.weights)
     index, schedule = read_index(args.weights), load_schedule(args.weights)
     recipe = parse_settings([*index.train, *args.set], Recipe())
     sources = read_sources(args.video, args.prompt)

@@ -8,68 +8,182 @@ unexpected or mis-shaped is named. Nothing is ever unpickled.
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+JSON_BYTES = 2**26
+
+
+def few(items: Iterable[str], most: int = 5) -> str:
+    """The first of many, and how many more there are."""
+    items = list(items)
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return "; ".join(items[:most]) + more
+
+
+@cache
+def say(line: str) -> None:
+    """Print what is done otherwise than asked, once."""
+    print(line)
+
+
+def check_pointer(path: Path) -> None:
+    """Raises FileNotFoundError for a missing file, ValueError for what git leaves in place of a large one."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise ValueError(f"{path}: a git-lfs pointer, not the file: run `git lfs pull` in its folder, or"
+                             " download the file itself")
+
 
 def open_safetensors(path: Path):
     """safetensors' own reader, with errors that name the file. Its tensors are views of the file."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+    check_pointer(path)
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
 
 
-def read_json(path: Path) -> dict:
-    """An object from a JSON file; raises OSError if there is no such file, ValueError naming it for any other
-    content."""
+# ---------------------------------------------------------------------------------------------------------------- json
+
+
+def once(pairs: list[tuple[str, object]]) -> dict:
+    """An object of a JSON file, whose keys must differ: readers disagree which of two counts."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return content
+
+
+def parse_json(text: str, where: object) -> Any:
+    """The value of a JSON text; raises ValueError naming `where` it is from, however it is broken."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise ValueError(f"{where}: not valid JSON ({str(error)[:200] or 'too much of it'})") from None
+
+
+def read_json_value(path: Path) -> Any:
+    """Whatever a JSON file holds; raises OSError if there is no such file, ValueError naming it for anything else."""
+    check_pointer(path)
+    if path.stat().st_size > JSON_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected JSON of at most {JSON_BYTES}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
+    return parse_json(text, path)
+
+
+def read_json(path: Path) -> dict:
+    """An object from a JSON file, as `read_json_value`."""
+    content = read_json_value(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found a {type(content).__name__}, expected an object")
     return content
 
 
+# ------------------------------------------------------------------------------------------------------------- configs
+
+
+def conform(value: Any, kind: Any) -> Any:
+    """A JSON value as the annotated type of a config's field: lists become tuples, whole numbers floats. Raises
+    TypeError for another type, a negative integer, and for numbers that are not finite or beyond 1e9."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else conform(value, inner[0])
+    if origin is tuple and isinstance(value, list) and len(value) <= 1000:
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) == len(value):
+            return tuple(map(conform, value, kinds))
+    elif kind is float and type(value) in (int, float) and abs(value) <= 1e9:
+        return float(value)
+    elif type(value) is kind and kind in (bool, str) or kind is int and type(value) is int and 0 <= value <= 1e9:
+        return value
+    raise TypeError
+
+
+# Most of a config's integers count channels, heads or pixels; these count other things.
+LIMIT = 8192
+LIMITS = {"num_layers": 1000, "num_res_blocks": 64, "stages": 10, "ffn_dim": 2**16, "d_ff": 2**16,
+          "vocab_size": 2**21, "num_train_timesteps": 10**5, "relative_attention_max_distance": 2**20}
+
+
 def read_config(config_class: type, path: Path, more: dict | None = None):
     """A config dataclass from the keys of a config.json that it has as fields, and from `more`; other keys are
-    ignored."""
-    values, config = read_json(path) | (more or {}), {}
+    ignored. Types and sizes are checked before anything is built from them."""
+    values, config, kinds = read_json(path) | (more or {}), {}, get_type_hints(config_class)
     for field in fields(config_class):
-        if field.name in values:
-            value = tuple(values[field.name]) if isinstance(values[field.name], list) else values[field.name]
-            kinds = (int, float) if isinstance(field.default, float) else (type(field.default),)
-            if field.default is not None and type(value) not in kinds:
-                raise ValueError(f"{path}: {field.name} is {value!r}, expected a value like {field.default!r}")
-            config[field.name] = value
+        if field.name not in values:
+            continue
+        value = values[field.name]
+        try:
+            config[field.name] = conform(value, kinds[field.name])
+        except (TypeError, OverflowError):
+            raise ValueError(f"{path}: {field.name} is {str(value)[:100]!r}, expected a value like"
+                             f" {field.default!r}") from None
+        limit = LIMITS.get(field.name, LIMIT)
+        inner = config[field.name] if isinstance(config[field.name], tuple) else (config[field.name],)
+        if any(type(each) is int and each > limit for each in inner):
+            raise ValueError(f"{path}: {field.name} is {value}, expected at most {limit}")
     try:
         return config_class(**config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
+# --------------------------------------------------------------------------------------------------------------- files
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder: shards named by an index, or a single file."""
+    """The safetensors files of a model folder: shards named by an index, or a single file, or, with a printed word,
+    those of a variant such as fp16 if there are no others."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     for stem in ("diffusion_pytorch_model", "model"):
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            shards = read_json(index).get("weight_map")
-            if not isinstance(shards, dict) or not shards:
-                raise ValueError(f"{index}: no weight_map, expected tensor names and their files")
-            return [folder / name for name in sorted(set(shards.values()))]
-        if (folder / f"{stem}.safetensors").is_file():
-            return [folder / f"{stem}.safetensors"]
-    raise FileNotFoundError(f"{folder}: no model.safetensors, diffusion_pytorch_model.safetensors or index of shards")
+        # NAME[.VARIANT].safetensors[.index[.VARIANT].json]
+        pattern = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors(\.index(?:\.(\w+))?\.json)?")
+        found = [match for match in map(pattern.fullmatch, names) if match]
+        if found:
+            best = min(found, key=lambda match: (match[1] or match[3] or "", match[2] is None))
+            if best[1] or best[3]:
+                say(f"{folder}: only the variant {best[1] or best[3]} of the weights is there, so it is used")
+            return index_files(folder / best[0]) if best[2] else [folder / best[0]]
+    shards = [name for name in names if name.endswith(".safetensors")]
+    pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+    if pickled and not shards:
+        raise FileNotFoundError(f"{folder}: its weights are pickled ({pickled[0]}), which is never read; expected"
+                                " .safetensors: download those, or convert them")
+    raise FileNotFoundError(f"{folder}: no model.safetensors, diffusion_pytorch_model.safetensors or index of shards"
+                            + (f", found {few(shards)}" if shards else ""))
+
+
+def index_files(index: Path) -> list[Path]:
+    """The shards that an index names, which must lie beside it (in the Hugging Face cache: in the model's folder)."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ValueError(f"{index}: no weight_map, expected tensor names and their files")
+    folder = index.parent.resolve()
+    home = next((parent for parent in folder.parents if parent.name.startswith("models--")), folder)
+    for name in shards.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise ValueError(f"{index}: a file is {str(name)[:100]!r}, expected the plain name of a .safetensors")
+        if not (folder / name).resolve().is_relative_to(home):
+            raise ValueError(f"{index}: {name} is a link out of its folder, expected the file itself")
+    return [index.parent / name for name in sorted(set(shards.values()))]
 
 
 class Network(nn.Module):
@@ -102,30 +216,42 @@ def on_meta(network: Callable[[], N]) -> N:
         return network()
 
 
+PREFIXES = "model.diffusion_model.", "transformer.", "module.", "model."  # that others put before all names
+
+
 def locate(module: Network, files: list[Path]) -> dict[Path, dict[str, str]]:
     """Which file holds each of a module's tensors, and under which key: file -> our name -> key.
 
-    Strict: all names and shapes are compared before the first tensor is read, and every missing, unexpected or mis-
-    shaped one is named. `module.aliases` maps other names that a file may use, keys that start with one of
-    `module.ignored` are skipped.
+    Strict: all names and shapes are compared before the first tensor is read, and missing, unexpected or mis-shaped
+    ones are named. `module.aliases` maps other names that a file may use, keys that start with one of `module.ignored`
+    are skipped, and one of `PREFIXES` that all keys have is stripped, with a printed word.
     """
     wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
-    places: dict[Path, dict[str, str]] = {path: {} for path in files}
-    problems = []
+    found: list[tuple[Path, str, list[int]]] = []
     for path in files:
         with open_safetensors(path) as file:
-            for key in file.keys():
-                if key.startswith(module.ignored):
-                    continue
-                name, shape = module.aliases.get(key, key), file.get_slice(key).get_shape()
-                if name not in wanted:
-                    problems.append(f"unexpected {key}")
-                elif shape != wanted[name]:
-                    problems.append(f"{key} has shape {shape}, expected {wanted[name]}")
-                places[path][name] = key
-    problems += [f"missing {name}" for name in wanted if not any(name in names for names in places.values())]
+            found += [(path, key, file.get_slice(key).get_shape()) for key in file.keys()]
+    prefix = next((each for each in PREFIXES if found and all(key.startswith(each) for _, key, _ in found)), "")
+    if prefix:
+        say(f"{files[0].parent}: all names of its tensors begin with {prefix}, which is left out")
+    places: dict[Path, dict[str, str]] = {path: {} for path in files}
+    problems, there = [], set()
+    for path, key, shape in found:
+        name = key.removeprefix(prefix)
+        if name.startswith(module.ignored):
+            continue
+        name = module.aliases.get(name, name)
+        if name not in wanted:
+            problems.append(f"unexpected {key}")
+        elif shape != wanted[name]:
+            problems.append(f"{key} has shape {shape}, expected {wanted[name]}")
+        elif name in there:
+            problems.append(f"{key} is in more than one file")
+        there.add(name)
+        places[path][name] = key
+    problems += [f"missing {name}" for name in wanted if name not in there]
     if problems:
-        raise ValueError(f"{files[0].parent}: weights do not fit the config: " + "; ".join(problems))
+        raise ValueError(f"{files[0].parent}: weights do not fit the config: {few(problems)}")
     return places
 
 
@@ -172,12 +298,21 @@ def fill(module: N, files: list[Path], device: torch.device | str, dtype: torch.
 
 def build(network: type[N], folder: Path) -> N:
     """A network after `folder`/config.json, on the meta device."""
-    config = read_config(network.Config, folder / "config.json")
+    path = folder / "config.json"
+    config = read_config(network.Config, path)
+    for name in [field.name for field in fields(config) if type(getattr(config, field.name)) is int]:
+        if getattr(config, name) < 1:
+            raise ValueError(f"{path}: {name} is {getattr(config, name)}, expected at least 1")
+    return build_from(path, lambda: network(config))
+
+
+def build_from(path: Path, network: Callable[[], N]) -> N:
+    """`on_meta`, where sizes that do not go together are an error that names the file that they are from."""
     try:
-        return on_meta(lambda: network(config))
-    except (RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:  # negative sizes and the like
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{folder / 'config.json'}: no network can be built from it ({reason})") from None
+        return on_meta(network)
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise ValueError(f"{path}: no network can be built from it ({reason})") from None
 
 
 def load(network: type[N], folder: str | Path, device: torch.device | str = "cpu",

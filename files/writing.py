@@ -51,11 +51,14 @@ def replacing(outputs: dict[str, Path], inputs: Iterable[Path]) -> Iterator[dict
             partial.unlink(missing_ok=True)
 
 
-def fingerprint(path: Path) -> str:
-    """A short digest of what is in a file, or in all files of a folder: of a large one 64 pieces of 64 KiB, and the
-    size."""
+def fingerprint(path: Path, read: Iterable[Path] | None = None) -> str:
+    """A short digest of what is in a file, or in those files of a folder that are `read` (all but hidden ones): of a
+    large one 64 pieces of 64 KiB, and the size."""
     digest = hashlib.blake2b(digest_size=8)
-    for file in filter(Path.is_file, sorted(path.rglob("*")) if path.is_dir() else [path]):
+    if read is None:
+        inside = path.rglob("*") if path.is_dir() else [path]
+        read = (file for file in inside if not any(part[0] == "." for part in file.relative_to(path).parts))
+    for file in filter(Path.is_file, sorted(read)):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(path)} {size}".encode())
         with open(file, "rb") as stream:

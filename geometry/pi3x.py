@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from files.checkpoint import Network, count_numbers, fill, on_meta, open_safetensors
+from files.checkpoint import Network, build_from, count_numbers, fill, open_safetensors
 from files.machine import free_memory, network_dtype
 
 HEAD_DIM = 64  # of every attention: the one size that no shape tells
@@ -442,7 +442,7 @@ def load_pi3x(path: str | Path, device: torch.device | str = "cpu", dtype: torch
         config = Pi3XConfig.from_shapes(shapes)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return fill(on_meta(lambda: Pi3X(config)), [path], device, dtype)
+    return fill(build_from(path, lambda: Pi3X(config)), [path], device, dtype)
 
 
 def find_pi3x(choice: Path | None, weights: Path) -> Path | None:

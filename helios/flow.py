@@ -31,14 +31,14 @@ class Schedule:
     num_train_timesteps: int = 1000
     shift: float = 1.0
     stages: int = 3
-    stage_range: tuple = (0, 1 / 3, 2 / 3, 1)
+    stage_range: tuple[float, ...] = (0, 1 / 3, 2 / 3, 1)
     gamma: float = 1 / 3  # block noise: covariance -gamma between neighbours; at 1/3, the limit, blocks sum to zero
     use_dynamic_shifting: bool = False
     time_shift_type: str = "exponential"
     solver_order: int = 2  # this and those below are for unipc
     solver_type: str = "bh2"
     lower_order_final: bool = True
-    disable_corrector: tuple = ()
+    disable_corrector: tuple[int, ...] = ()
 
     def __post_init__(self):
         cuts = self.stage_range

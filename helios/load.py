@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from files.checkpoint import Network, load
+from files.checkpoint import Network, load, weight_files
 from files.machine import network_dtype
 from helios.flow import Schedule, load_schedule
 from helios.index import read_index
@@ -72,6 +72,14 @@ def load_models(transformer: type[N], weights: Path, device: torch.device | str,
 def size_multiple(schedule: Schedule) -> int:
     """Height and width must be multiples of this: the first stage's latents have to fill whole patches of 2."""
     return 8 * 2 * 2 ** (schedule.stages - 1)
+
+
+def files_read(weights: Path) -> list[Path]:
+    """All that a run reads of a folder of weights."""
+    parts = [weights / part for part in ("transformer", "vae", "text_encoder")]
+    files = [file for part in parts for file in (part / "config.json", *weight_files(part))]
+    return [weights / "model_index.json", weights / "scheduler" / "scheduler_config.json",
+            weights / "tokenizer" / "spiece.model", *files]
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts

@@ -20,7 +20,7 @@ from einops import rearrange
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from files.checkpoint import Network
+from files.checkpoint import Network, check_pointer
 
 END = 1  # id of </s>; 0 is <pad>, and there is no token for the beginning
 
@@ -39,6 +39,8 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         file = Path(path, "spiece.model") if Path(path).is_dir() else Path(path)
+        if file.is_file():
+            check_pointer(file)
         try:
             self.model = SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError) as error:  # which of them depends on its version

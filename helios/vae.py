@@ -48,6 +48,8 @@ class VAEConfig:
     decoder_base_dim: int | None = None
 
     def __post_init__(self):
+        if not 1 <= len(self.dim_mult) <= 8:
+            raise ValueError(f"dim_mult has {len(self.dim_mult)} levels, expected 1 to 8")
         for key in ("latents_mean", "latents_std"):
             if len(getattr(self, key)) != self.z_dim:
                 raise ValueError(f"{key} has {len(getattr(self, key))} numbers, expected z_dim = {self.z_dim}")
