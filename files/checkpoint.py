@@ -101,7 +101,7 @@ def read_json(path: Path) -> dict:
 
 
 def conform(value: Any, kind: Any) -> Any:
-    """A JSON value as the annotated type of a config's field: lists become tuples, whole numbers floats. Raises
+    """A JSON value as the annotated type of a config's field: lists become tuples. Raises
     TypeError for another type, a negative integer, and for numbers that are not finite or beyond 1e9."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
@@ -111,7 +111,7 @@ def conform(value: Any, kind: Any) -> Any:
         if len(kinds) == len(value):
             return tuple(map(conform, value, kinds))
     elif kind is float and type(value) in (int, float) and abs(value) <= 1e9:
-        return float(value)
+        return value
     elif type(value) is kind and kind in (bool, str) or kind is int and type(value) is int and 0 <= value <= 1e9:
         return value
     raise TypeError
@@ -131,15 +131,15 @@ def read_config(config_class: type, path: Path, more: dict | None = None):
         if field.name not in values:
             continue
         value = values[field.name]
+        found = repr(tuple(value) if isinstance(value, list) else value)[:100]
         try:
             config[field.name] = conform(value, kinds[field.name])
-        except (TypeError, OverflowError):
-            raise ValueError(f"{path}: {field.name} is {str(value)[:100]!r}, expected a value like"
-                             f" {field.default!r}") from None
+        except TypeError:
+            raise ValueError(f"{path}: {field.name} is {found}, expected a value like {field.default!r}") from None
         limit = LIMITS.get(field.name, LIMIT)
         inner = config[field.name] if isinstance(config[field.name], tuple) else (config[field.name],)
         if any(type(each) is int and each > limit for each in inner):
-            raise ValueError(f"{path}: {field.name} is {value}, expected at most {limit}")
+            raise ValueError(f"{path}: {field.name} is {found}, expected at most {limit}")
     try:
         return config_class(**config)
     except ValueError as error:

@@ -73,6 +73,9 @@ def test_bad_tokenizer_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="spiece.model: .*No such file"):
         Tokenizer(tmp_path)
     (tmp_path / "spiece.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="spiece.model: a git-lfs pointer, .*git lfs pull"):
+        Tokenizer(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(b"nothing\n")
     with pytest.raises(ValueError, match="spiece.model: expected a sentencepiece model"):
         Tokenizer(tmp_path)
 
