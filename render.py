@@ -22,7 +22,7 @@ from torch import Tensor
 from files.cli import existing, parse_size, run_program
 from files.draw import contact_sheet, evenly_spaced, plan, save_ply, save_png
 from files.media import fit_image, load_depth, load_image, resize_frames, to_u8
-from files.video import VideoWriter
+from files.video import VideoWriter, try_encoder
 from files.writing import beside, replacing
 from geometry.camera import (
     VERBS,
@@ -318,6 +318,7 @@ def preview(args: argparse.Namespace) -> None:
     path, count, fps = retime(path, args.frames, args.fps, args.resample)
     outputs = beside(args.out, mask="_mask.mp4", sheet="_sheet.png", path="_path.png", cloud="_cloud.ply")
     inputs = existing(args.image, args.poses, args.depth, args.geometry)
+    try_encoder(fps, size)
     picture = load_image(args.image)
     if args.geometry is not None:
         geometry = ensure_valid(estimate(load_pi3x(args.geometry), [fit_image(picture, size)])[0])

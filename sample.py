@@ -34,6 +34,7 @@ from files.machine import check_device, default_device, network_dtype, peak_memo
 from files.media import VIDEOS, fit_image, load_depth, load_image, load_video, read_frames, read_mask, to_frames
 from files.output import Output
 from files.settings import parse_settings, require
+from files.video import try_encoder
 from files.writing import beside, check_outputs, fingerprint, replacing
 from geometry.camera import WINDOW, CameraPath, choose_fov, describe, move_path, path_error, retime
 from geometry.paths import load_path
@@ -430,6 +431,7 @@ def run(args: argparse.Namespace) -> None:
         outputs["check"] = args.out.with_name(f"{args.out.stem}_check.json")
     inputs = existing(args.image, args.poses, args.depth, job.settings.geometry, *(args.warp or ()))
     check_outputs(outputs, inputs)
+    try_encoder(job.fps, job.size)
     with Output(args.out, describe_job(args, job), args.resume, job.frames, job.fps, job.led) as output:
         rollout = generate(args, job, output)
         with replacing(outputs, inputs) as files:

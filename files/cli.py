@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from files.settings import setting_names
@@ -22,6 +23,12 @@ def run_program(name: str, program: Callable[[argparse.Namespace], None], args: 
         print(f"\n{name}: stopped, nothing written", file=sys.stderr)
         return 130
     return 0
+
+
+@cache
+def note(line: str) -> None:
+    """Tell the user something about the input, once."""
+    print(line, file=sys.stderr)
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from random import Random
 
 import goldens
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import files
 from files.checkpoint import open_safetensors
+from files.media import load_video
 from files.output import Output
 from geometry.pi3x import load_pi3x
 from helios.load import load_models
@@ -58,8 +58,7 @@ def sample(*words: str, weights=DISTILLED) -> int:
 
 
 def read(path: str) -> np.ndarray:
-    with imageio.get_reader(path) as reader:
-        return np.stack([frame for frame in reader])
+    return load_video(path)
 
 
 @pytest.mark.parametrize("case, extra", [
