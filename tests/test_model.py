@@ -206,12 +206,12 @@ def test_checkpointing_keeps_little(checkpointing):
         assert loss.requires_grad == bool(lora.adapters)
         return sum(sizes.values())
 
-    deep = HeliosConfig(**{**checkpointing.config.__dict__, "num_layers": 6})
+    deep = replace(checkpointing.config, num_layers=checkpointing.config.num_layers + 4)
     with torch.device("meta"):
         deeper = Helios(deep)
     state = checkpointing.state_dict()
     for name in [name for name in deeper.state_dict() if name not in state]:
-        state[name] = state[re.sub(r"blocks\.\d+", "blocks.1", name)]
+        state[name] = state[re.sub(r"blocks\.\d+", "blocks.0", name)]
     deeper.load_state_dict(state, assign=True)
     deeper.requires_grad_(False)
     sizes = {}
@@ -269,6 +269,7 @@ def test_against_diffusers(helios, case):
 # --------------------------------------------------------------------------------------------------------------- LoRA
 
 LORA = goldens.tensors(HELIOS / "lora_forward.safetensors")
+RANK = goldens.cases(HELIOS / "lora_cases.json")["rank"]
 
 
 @pytest.mark.parametrize("name, expected", [
@@ -289,7 +290,8 @@ def test_lora_flat_pt_and_alpha_pattern(tmp_path, helios):
     tensors = load_file(HELIOS / "lora_noprefix.safetensors")
     torch.save(tensors, tmp_path / "flat.pt")
     assert load_lora(tmp_path / "flat.pt").adapters.keys() == load_lora(HELIOS / "lora_noprefix.safetensors").adapters.keys()
-    settings = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.alpha_pattern": {"blocks.0.attn1.to_q": 2}}
+    settings = {"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK,
+                "transformer.alpha_pattern": {"blocks.0.attn1.to_q": RANK / 2}}
     save_file(tensors, tmp_path / "pattern.safetensors", metadata={"lora_adapter_metadata": json.dumps(settings)})
     scales = {name: adapter[2] for name, adapter in load_lora(tmp_path / "pattern.safetensors").adapters.items()}
     assert scales.pop("blocks.0.attn1.to_q") == 0.5 and set(scales.values()) == {2.0}
@@ -305,9 +307,10 @@ def test_bad_loras_name_what_is_wrong(tmp_path, helios):
         return str(error.value)
 
     key = "blocks.0.attn1.to_q.lora_A.weight"
-    assert key in complaint(good | {key: torch.zeros(4)})
-    assert "blocks.0.attn1.to_q" in complaint(good | {key: torch.zeros(4, 37)})
-    assert "blocks.7.attn1.to_q" in complaint({name.replace(".0.", ".7.", 1): value for name, value in good.items()})
+    assert key in complaint(good | {key: torch.zeros(RANK)})
+    assert "blocks.0.attn1.to_q" in complaint(good | {key: torch.zeros(RANK, helios.config.dim + 1)})
+    other = f".{helios.config.num_layers}."
+    assert f"blocks{other}attn1.to_q" in complaint({name.replace(".0.", other, 1): x for name, x in good.items()})
     assert "blocks.0.attn1.to_q" in complaint({name: value for name, value in good.items() if name != key})
     assert "alpha" in complaint(good | {"blocks.0.attn1.to_q.alpha": torch.ones(1, 1)})
     assert "bad.pt" in complaint({"peft": [1, 2]}, "bad.pt")
@@ -358,23 +361,29 @@ def complaint(folder) -> str:
     return str(error.value)
 
 
-def edit_shard(folder, change) -> None:
-    shard = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
+def shard_of(folder, name: str = "proj_out.bias"):
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    return folder / index["weight_map"][name]
+
+
+def edit_shard(folder, change, name: str = "proj_out.bias") -> None:
+    shard = shard_of(folder, name)
     tensors = load_file(shard)
     change(tensors)
     save_file(tensors, shard)
 
 
 def test_loading_is_strict(folder):
+    width = len(load_file(shard_of(folder))["proj_out.bias"])
     edit_shard(folder, lambda tensors: tensors.pop("proj_out.bias"))
     assert "missing proj_out.bias" in complaint(folder)
     edit_shard(folder, lambda tensors: tensors.update({"proj_out.bias": torch.zeros(3), "extra.weight": torch.zeros(1)}))
     message = complaint(folder)
-    assert "unexpected extra.weight" in message and "proj_out.bias has shape [3], expected [64]" in message
+    assert "unexpected extra.weight" in message and f"proj_out.bias has shape [3], expected [{width}]" in message
 
 
 def test_unreadable_files_are_named(folder):
-    shard = folder / "diffusion_pytorch_model-00002-of-00002.safetensors"
+    shard = shard_of(folder)
     whole = shard.read_bytes()
     shard.write_bytes(whole[:len(whole) // 2])
     assert shard.name in complaint(folder)
@@ -434,7 +443,7 @@ def test_loading_makes_no_second_copy(tmp_path):
 def test_older_name_of_the_output_table(folder):
     def rename(tensors):
         tensors["scale_shift_table"] = tensors.pop("norm_out.scale_shift_table")
-    edit_shard(folder, rename)
+    edit_shard(folder, rename, "norm_out.scale_shift_table")
     check("DiT forward (16 cases)", run(load(Helios, folder), "all_bands"), INPUTS["all_bands.out"], 5e-5)
 
 

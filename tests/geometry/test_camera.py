@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from goldens import GEOMETRY, check, config, tensors
+from goldens import GEOMETRY, check, config, prefixed, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from known import C2W, rotations, turned
 
 from geometry import camera
-from geometry.camera import CameraPath, describe, move_path, resample
+from geometry.camera import WINDOW, CameraPath, describe, move_path, resample
 from sample import pose_chunks
 
 # ---- the arithmetic
@@ -162,13 +162,14 @@ def poses():
 
 def test_pose_normalisation(poses):
     given = poses["roll/poses"]
-    for name, value, frames in [("exact4x4", given, 7), ("pad4x4", given, 11), ("trunc4x4", given, 4),
-                                ("from3x4", given[:, :3], 8), ("batch", given[None], 7),
-                                ("nonorthonormal_out", poses["roll/nonorthonormal_in"], 7),
-                                ("scaled_then_rel", poses["roll/scaled_0.1x3.7"], 7)]:  # fmt: skip
-        check("Poses", camera.normalize(value, frames), poses[f"roll/{name}"], 1e-6)
+    factors, scaled = next((name, value) for name, value in prefixed(poses, "roll/scaled_").items() if "x" in name)
+    for name, value in [("exact4x4", given), ("pad4x4", given), ("trunc4x4", given), ("from3x4", given[:, :3]),
+                        ("batch", given[None]), ("nonorthonormal_out", poses["roll/nonorthonormal_in"]),
+                        ("scaled_then_rel", scaled)]:  # fmt: skip
+        expected = poses[f"roll/{name}"]
+        check("Poses", camera.normalize(value, len(expected)), expected, 1e-6)
     check("Poses", camera.inverse(given), poses["roll/se3_inverse"], 1e-6)
-    check("Poses", camera.scale_translation(given, 0.1 * 3.7), poses["roll/scaled_0.1x3.7"], 1e-6)
+    check("Poses", camera.scale_translation(given, math.prod(map(float, factors.split("x")))), scaled, 1e-6)
     for shape in ((2, 5, 4, 4), (4, 4), (5, 4, 3)):
         with pytest.raises(ValueError, match="expected"):
             camera.homogeneous(torch.zeros(shape))
@@ -176,7 +177,7 @@ def test_pose_normalisation(poses):
 
 def window(path, chunk):
     """What sample.py feeds and the cameras make of it: 33 poses, after chunk 0 with the one before in front."""
-    chunks = [camera.hold(control.poses) for control in pose_chunks(path, 33 * (chunk + 1))]
+    chunks = [camera.hold(control.poses) for control in pose_chunks(path, WINDOW * (chunk + 1))]
     return torch.cat([chunks[chunk - 1][-1:], chunks[chunk]]) if chunk else chunks[0]
 
 
@@ -185,12 +186,14 @@ def test_windows(poses):
     for length, chunks in expected["windows_33"].items():
         for chunk, indices in enumerate(chunks):
             assert window(torch.arange(int(length)), chunk).tolist() == indices
-    for chunk in (1, 2):
-        check("Pose windows", window(path, chunk), poses[f"auto/chunk{chunk}"], 0)
-    check("Pose windows", window(path[:50], 1), poses["auto/short17_chunk1"], 0)
-    for chunk in range(3):
-        scaled = camera.scale_translation(window(path, chunk), expected["effective_scale_used"])
-        check("Poses", camera.normalize(scaled, len(scaled)), poses[f"auto/rollout{chunk}"], 1e-6)
+    for chunk, recorded in prefixed(poses, "auto/chunk").items():
+        check("Pose windows", window(path, int(chunk)), recorded, 0)
+    for name, recorded in prefixed(poses, "auto/short").items():
+        left, chunk = map(int, name.split("_chunk"))
+        check("Pose windows", window(path[:chunk * WINDOW + left], chunk), recorded, 0)
+    for chunk, recorded in prefixed(poses, "auto/rollout").items():
+        scaled = camera.scale_translation(window(path, int(chunk)), expected["effective_scale_used"])
+        check("Poses", camera.normalize(scaled, len(scaled)), recorded, 1e-6)
 
 
 def test_web_page_moves(poses):

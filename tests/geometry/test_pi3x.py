@@ -1,11 +1,11 @@
 """Pi3X against the official numbers, its symmetries, its bf16 form, and strict loading by shapes alone."""
 
-from math import prod
+from math import isqrt, prod
 
 import pytest
 import torch
 import torch.nn.functional as F
-from goldens import GEOMETRY, check, tensors
+from goldens import GEOMETRY, check, prefixed, tensors
 from safetensors.torch import save_file
 
 from geometry.pi3x import (
@@ -56,7 +56,7 @@ def test_golden(network, name):
     def keep(key):
         return lambda module, inputs, output: seen.update({key: (inputs, output)})
 
-    modules = {**dict(network.named_children()), "block0": network.decoder[0], "block1": network.decoder[1]}
+    modules = {**dict(network.named_children()), **{f"block{i}": block for i, block in enumerate(network.decoder)}}
     hooks = [module.register_forward_hook(keep(key)) for key, module in modules.items()]
     prediction = network(pictures(golden))
     for hook in hooks:
@@ -65,8 +65,7 @@ def test_golden(network, name):
     maps, (rotation, translation) = seen["point_head"][1].movedim(-1, 1), seen["camera_head"][1]
     inner = {
         "encoder_patch_tokens": seen["encoder"][1],
-        "decoder_block0_out": seen["block0"][1],
-        "decoder_block1_out": seen["block1"][1],
+        **{f"decoder_block{i}_out": seen[f"block{i}"][1] for i in range(len(network.decoder))},
         "decoder_concat": seen["point_decoder"][0][0],
         **{f"{branch}_decoder_out": seen[f"{branch}_decoder"][1] for branch in ("point", "conf", "camera", "metric")},
         "head_xy_raw": maps[:, :2, ::4, ::4],
@@ -87,8 +86,8 @@ def test_golden(network, name):
     for key, actual in inner.items():
         if f"inter/{key}" in golden:
             expected = golden[f"inter/{key}"]
-            if key == "decoder_block1_out":  # a block over all pictures has them in one row
-                assert actual.shape[1] == expected.shape[0] * expected.shape[1]
+            if "block" in key and actual.shape != expected.shape:  # a block over all pictures has them in one row
+                assert actual.shape[:2] == (1, expected.shape[0] * expected.shape[1])
                 actual = actual.view(expected.shape)
             check("Pi3X tokens and raw heads", actual, expected, 1e-5, relative=True)
     names = {"out/conf": "confidence", "post/intrinsics_centered": "intrinsics"}
@@ -108,10 +107,11 @@ def test_rope():
 
 def test_position_resize():
     table = UNITS["posinterp/pos_embed"]
-    for height, width in ((392, 644), (644, 392), (84, 126), (518, 518)):
-        actual = resize_positions(table, height // 14, width // 14)
-        check("Pi3X position resize", actual, UNITS[f"posinterp/out_{height}x{width}"], 1e-6, relative=True)
-    assert torch.equal(resize_positions(table, 37, 37), table)  # bit by bit at the table's own size
+    for size, expected in prefixed(UNITS, "posinterp/out_").items():
+        height, width = map(int, size.split("x"))
+        check("Pi3X position resize", resize_positions(table, height // 14, width // 14), expected, 1e-6, relative=True)
+    grid = isqrt(table.shape[1] - 1)
+    assert torch.equal(resize_positions(table, grid, grid), table)  # bit by bit at the table's own size
 
 
 def test_rotation():
@@ -120,19 +120,22 @@ def test_rotation():
     assert torch.allclose(torch.linalg.det(rotations), torch.ones(len(rotations)), atol=1e-5)
 
 
-@pytest.mark.parametrize("height, width, aspect", [(6, 9, 1.5), (84, 126, 1.5), (8, 7, 0.875)])
-def test_view_plane(height, width, aspect):
+@pytest.mark.parametrize("name", prefixed(UNITS, "uv/"))
+def test_view_plane(name):
+    size, _, aspect = name.partition("_aspect")
+    height, width = map(int, size.split("x"))
+    aspect = width / height if f"{width / height:.4f}" == aspect else float(aspect)
     maps = append_view_plane(torch.full((2, 3, height, width), 7.0), aspect)
     assert torch.equal(maps[:, :3], torch.full((2, 3, height, width), 7.0)) and torch.equal(maps[0], maps[1])
-    expected = UNITS[f"uv/{height}x{width}_aspect{aspect:.4f}"]
-    check("Pi3X view plane", maps[0, 3:].permute(1, 2, 0), expected, 1e-6, relative=True)
+    check("Pi3X view plane", maps[0, 3:].permute(1, 2, 0), UNITS[f"uv/{name}"], 1e-6, relative=True)
 
 
 def test_norm_eps():
     """A block on small activations, where 1e-5 in the place of 1e-6 or the reverse would show."""
-    prefix = "blockeps/w/"
-    block = Block(64, 16, scale=True, qk_norm=True)
-    block.load_state_dict({key.removeprefix(prefix): value for key, value in UNITS.items() if key.startswith(prefix)})
+    weights = prefixed(UNITS, "blockeps/w/")
+    hidden, dim = weights["mlp.fc1.weight"].shape
+    block = Block(dim, hidden, scale=True, qk_norm=True)
+    block.load_state_dict(weights)
     table = rope_table(UNITS["blockeps/pos_yx"], torch.float32)[:, :, None]
     check("Pi3X block, tiny activations", block(UNITS["blockeps/x"], table), UNITS["blockeps/out"], 1e-5, relative=True)
 
@@ -151,7 +154,8 @@ def test_intrinsics():
 
 
 def test_pictures_have_no_order(network):
-    images, order = pictures(tensors(GEOMETRY / "pi3x_n3.safetensors")), [2, 0, 1]
+    images = pictures(tensors(GEOMETRY / "pi3x_n3.safetensors"))
+    order = torch.arange(images.shape[1]).roll(1)
     straight, mixed = network(images), network(images[:, order])
     for name in COMPARED:
         expected = getattr(straight, name)
@@ -163,7 +167,8 @@ def test_pictures_have_no_order(network):
 
 def test_sets_do_not_mix(network):
     first = pictures(tensors(GEOMETRY / "pi3x_n3.safetensors"))
-    second = first.flip(-1)[:, [1, 1, 2]]
+    second = first.flip(-1).roll(1, dims=1)
+    second[:, 0] = second[:, 1]
     both, apart = network(torch.cat([first, second])), [network(first), network(second)]
     for name in COMPARED:
         expected = torch.cat([getattr(prediction, name) for prediction in apart])
@@ -183,7 +188,7 @@ def test_outputs_agree(network):
     other.point_head.output_block[1][2].bias += 1000
     far = other(images)
     expected = far.metric.double() * torch.tensor(15.0).exp().double()
-    check("Pi3X largest depth", far.local_points[..., 2].double() / expected, torch.ones(1, 3, 42, 56), 1e-6)
+    check("Pi3X largest depth", far.local_points[..., 2].double() / expected, torch.ones(far.rays.shape[:-1]), 1e-6)
 
 
 def test_bf16(network):
@@ -269,19 +274,24 @@ def test_multimodal_tensors_are_skipped(network, tmp_path):
     assert torch.equal(load_pi3x(tmp_path / "with.safetensors")(images).points, network(images).points)
 
 
+DIM, PLACES = tensors(WEIGHTS)["encoder.norm.weight"].numel(), tensors(WEIGHTS)["encoder.pos_embed"].shape[1]
+LAST = max(int(key.split(".")[1]) for key in tensors(WEIGHTS) if key.startswith("decoder."))
+
+
 @pytest.mark.parametrize(
     "key, tensor, message",
     [
         ("encoder.mask_token", torch.zeros(2), "unexpected encoder.mask_token"),
-        ("decoder.4.norm1.weight", torch.zeros(128), "missing decoder.4.norm1.bias"),
+        (f"decoder.{LAST + 1}.norm1.weight", torch.zeros(DIM), f"missing decoder.{LAST + 1}.norm1.bias"),
         ("camera_head.fc_t.bias", None, "missing camera_head.fc_t.bias"),
         ("image_std", torch.ones(3), r"image_std has shape \[3\], expected \[1, 3, 1, 1\]"),
-        ("encoder.pos_embed", torch.zeros(1, 38, 128), r"encoder.pos_embed has shape \[1, 38, 128\], expected \[1"),
+        ("encoder.pos_embed", torch.zeros(1, PLACES + 1, DIM),
+         rf"encoder.pos_embed has shape \[1, {PLACES + 1}, {DIM}\], expected \[1"),
         ("encoder.pos_embed", None, "encoder.pos_embed is missing"),
         ("encoder.norm.weight", torch.zeros(96), r"encoder.norm.weight has shape \[96\], expected a .* multiple of 64"),
-        ("register_token", torch.zeros(128), r"register_token has shape \[128\]"),
+        ("register_token", torch.zeros(DIM), rf"register_token has shape \[{DIM}\]"),
         ("decoder.1.mlp.fc1.weight", None, "decoder.1.mlp.fc1.weight is missing"),
-        ("metric_decoder.blocks.0.mlp.fc1.weight", torch.zeros(128, 0), "metric_decoder.*fc1.weight has shape"),
+        ("metric_decoder.blocks.0.mlp.fc1.weight", torch.zeros(DIM, 0), "metric_decoder.*fc1.weight has shape"),
         ("conf_head.upsample_blocks.1.0.0.weight", torch.zeros(34, 8, 2, 2), "conf_head.*1.0.0.weight has shape"),
         ("conf_head.upsample_blocks.7.0.0.weight", torch.zeros(34, 8, 2, 2), "conf_head.*3.0.0.weight is missing"),
         ("point_head.upsample_blocks.x", torch.zeros(1), "point_head.*3.0.0.weight is missing"),

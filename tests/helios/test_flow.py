@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -9,7 +10,8 @@ from functools import partial
 import pytest
 import torch
 from einops import rearrange
-from goldens import DISTILLED, HELIOS, cases, check, tensors
+from goldens import DISTILLED, HELIOS, cases, check, prefixed, tensors
+from safetensors import safe_open
 
 from helios.flow import (
     Schedule,
@@ -137,11 +139,16 @@ def test_solver_steps(name):
 
 
 def test_block_noise():
-    golden = tensors(HELIOS / "block_noise.safetensors")
-    for name, gamma, seed in (("noise_a", 1 / 3, 77), ("noise_b", 1 / 3, 77), ("noise_gamma0.25", 0.25, 78)):
-        noise = block_noise(golden[name].shape, gamma, torch.Generator().manual_seed(seed), torch.device("cpu"))
+    """The official gamma, and another one with its own seed."""
+    golden = prefixed(tensors(HELIOS / "block_noise.safetensors"), "noise_")
+    with safe_open(HELIOS / "block_noise.safetensors", "pt") as file:
+        seeds = [int(seed) for seed in re.findall(r"seed (\d+)", file.metadata()["note"])]
+    for name, expected in golden.items():
+        other = name.startswith("gamma")
+        gamma, seed = (float(name[5:]), seeds[1]) if other else (1 / 3, seeds[0])
+        noise = block_noise(expected.shape, gamma, torch.Generator().manual_seed(seed), torch.device("cpu"))
         assert noise.dtype == torch.float32
-        check("block noise", noise, golden[name], 1e-5)
+        check("block noise", noise, expected, 1e-5)
 
 
 # ----------------------------------------------------------------------------------------- diffusers peer
@@ -301,12 +308,18 @@ def test_guide():
 
 # ------------------------------------------------------------------------------------------ configurations
 
+RELEASED = {"stages": 3, "stage_range": [0, 1 / 3, 2 / 3, 1], "gamma": 1 / 3, "shift": 1.0,
+            "use_dynamic_shifting": True, "time_shift_type": "linear"}
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A copy of the distilled model's two files, and a function that changes entries of either (... removes one)."""
+    """A copy of the distilled model's two files, as released, and a function that changes entries of either (... removes one)."""
     for name in ("model_index.json", "scheduler/scheduler_config.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(DISTILLED / name, tmp_path / name)
+    config = tmp_path / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | RELEASED))
 
     def change(name="scheduler/scheduler_config.json", **entries):
         content = json.loads((tmp_path / name).read_text()) | entries
@@ -316,8 +329,14 @@ def checkpoint(tmp_path):
 
 
 def test_load_schedule(checkpoint):
-    assert load_schedule(DISTILLED) == Schedule("dmd", use_dynamic_shifting=True, time_shift_type="linear")
-    assert load_schedule(HELIOS / "mid") == Schedule("unipc", use_dynamic_shifting=True)
+    released = Schedule("dmd", use_dynamic_shifting=True, time_shift_type="linear")
+    assert load_schedule(checkpoint()) == released
+    for folder in (DISTILLED, HELIOS / "mid"):
+        entries = cases(folder / "scheduler" / "scheduler_config.json")
+        schedule = load_schedule(folder)
+        for name in vars(schedule).keys() & entries.keys():
+            assert getattr(schedule, name) == (tuple(entries[name]) if isinstance(entries[name], list) else entries[name])
+    assert load_schedule(DISTILLED).sampler == "dmd" != load_schedule(HELIOS / "mid").sampler
     folder = checkpoint(solver_order=3, stages=2, stage_range=[0, 0.5, 1], disable_corrector=[0], gamma=0.2, new_key=1)
     assert load_schedule(folder) == Schedule(
         "dmd", stages=2, stage_range=(0, 0.5, 1), gamma=0.2, use_dynamic_shifting=True, time_shift_type="linear",

@@ -31,7 +31,7 @@ def deep_checkpoint(folder, layers: int, dtype: torch.dtype = torch.float32):
     with torch.device("meta"):
         names = Helios(config).state_dict()
     base, generator = load(Helios, DISTILLED / "transformer").state_dict(), torch.Generator().manual_seed(0)
-    state = {name: base[re.sub(r"blocks\.\d+", "blocks.1", name)] * (0.9 + 0.2 * torch.rand(1, generator=generator))
+    state = {name: base[re.sub(r"blocks\.\d+", "blocks.0", name)] * (0.9 + 0.2 * torch.rand(1, generator=generator))
              for name in names}
     save_file({name: value.to(dtype) for name, value in state.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(asdict(config)))

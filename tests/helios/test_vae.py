@@ -57,7 +57,7 @@ def test_golden(vae, name):
 
 def test_normalisation(vae):
     """Against the formulas in float64, with the checkpoint's own statistics; and there and back again."""
-    latents = torch.randn(1, 16, 2, 3, 4, generator=torch.Generator().manual_seed(3))
+    latents = torch.randn(1, vae.config.z_dim, 2, 3, 4, generator=torch.Generator().manual_seed(3))
     statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], dtype=torch.float64)
     mean, std = statistics.view(2, 1, -1, 1, 1, 1)
     check("VAE normalisation", vae.normalize(latents), (latents.double() - mean) / std, 5e-6)
@@ -144,7 +144,7 @@ class PeakMemory(TorchDispatchMode):
 def test_memory_does_not_grow_with_the_length(vae):
     """Peak of 65 frames against 13: encoding keeps only its (tiny) latents, streamed decoding nothing at all."""
     video, _ = formula_video([1, 3, 65, 32, 48])
-    latents = torch.randn(1, 16, 17, 4, 6)
+    latents = torch.randn(1, vae.config.z_dim, 17, 4, 6)
 
     def peaks(frames: int) -> tuple[int, int]:
         with PeakMemory() as encoding:
@@ -155,9 +155,10 @@ def test_memory_does_not_grow_with_the_length(vae):
         return encoding.peak, decoding.peak
 
     (encode_short, decode_short), (encode_long, decode_long) = peaks(13), peaks(65)
-    frame = 4 * 4 * 32 * 48  # bytes of one frame of the widest activation
+    frame = 4 * vae.config.base_dim * 32 * 48  # bytes of one frame of the widest activation
     assert encode_short > 6 * frame and decode_short > 6 * frame  # the measure sees the activations
-    assert encode_long - encode_short <= 3 * 13 * 32 * 4 * 6 * 4  # moments of 13 more latent frames, and their copies
+    moments = 13 * 2 * vae.config.z_dim * 4 * 6 * 4  # of the latent frames that are more
+    assert encode_long - encode_short <= 3 * moments  # and their copies
     assert decode_long == decode_short
 
     peer = AutoencoderKLWan(base_dim=vae.config.base_dim, num_res_blocks=vae.config.num_res_blocks)
@@ -201,6 +202,7 @@ def test_wrong_shapes_are_named(vae):
     for shape in ([1, 3, 5, 20, 16], [2, 3, 5, 16, 16], [1, 1, 5, 16, 16], [3, 5, 16, 16], [1, 3, 0, 16, 16]):
         with pytest.raises(ValueError, match="video is .*multiples of 8"):
             vae.encode(torch.zeros(shape))
-    for shape in ([1, 4, 2, 2, 2], [2, 16, 2, 2, 2], [1, 16, 0, 2, 2]):
+    channels = vae.config.z_dim
+    for shape in ([1, channels - 1, 2, 2, 2], [2, channels, 2, 2, 2], [1, channels, 0, 2, 2]):
         with pytest.raises(ValueError, match="latents are .*expected"):
             vae.decode(torch.zeros(shape))
