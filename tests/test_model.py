@@ -64,7 +64,7 @@ def run(model: Helios, case: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_forward(helios, case):
-    check("DiT forward (16 cases)", run(variant(helios, case), case), INPUTS[f"{case}.out"], 5e-5)
+    check(f"DiT forward ({len(CASES)} cases)", run(variant(helios, case), case), INPUTS[f"{case}.out"], 5e-5)
 
 
 def test_probes(helios):
@@ -444,7 +444,7 @@ def test_older_name_of_the_output_table(folder):
     def rename(tensors):
         tensors["scale_shift_table"] = tensors.pop("norm_out.scale_shift_table")
     edit_shard(folder, rename, "norm_out.scale_shift_table")
-    check("DiT forward (16 cases)", run(load(Helios, folder), "all_bands"), INPUTS["all_bands.out"], 5e-5)
+    check(f"DiT forward ({len(CASES)} cases)", run(load(Helios, folder), "all_bands"), INPUTS["all_bands.out"], 5e-5)
 
 
 def test_rotation_keeps_lengths():

@@ -32,29 +32,31 @@ from render import Warp
 from sample import main, parse, pictures
 from wah import Chunk, Rollout
 
-SIZE = 64, 128
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
 CASES = goldens.cases(HELIOS / "pipeline_cases.json")
+SIZE = CASES["_common"]["height"], CASES["_common"]["width"]
+SIZED = "x".join(map(str, SIZE))
+with np.load(HELIOS / "pipeline_inputs.npz") as file:
+    INPUTS = dict(file)
+LONG = len(INPUTS["warp"])  # frames
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """An empty folder to work in, with the official runs' inputs as files."""
     monkeypatch.chdir(tmp_path)
-    with np.load(HELIOS / "pipeline_inputs.npz") as file:
-        inputs = dict(file)
-    Image.fromarray(inputs["image"]).save("image.png")
-    np.save("warp.npy", inputs["warp"])
-    np.save("mask.npy", inputs["mask"])
+    Image.fromarray(INPUTS["image"]).save("image.png")
+    np.save("warp.npy", INPUTS["warp"])
+    np.save("mask.npy", INPUTS["mask"])
     c2w = np.tile(np.eye(4), (33, 1, 1))
     c2w[:, 2, 3] = np.linspace(0, 1, 33)
     (tmp_path / "poses.json").write_text(json.dumps({"c2w": c2w.tolist(), "fps": 12}))
-    np.save("depth.npy", np.linspace(3, 1, 64, dtype=np.float32)[:, None].repeat(128, 1))
+    np.save("depth.npy", np.linspace(3, 1, SIZE[0], dtype=np.float32)[:, None].repeat(SIZE[1], 1))
     return tmp_path
 
 
 def sample(*words: str, weights=DISTILLED) -> int:
-    return main(["--weights", str(weights), "--size", "64x128", "--set", "device=cpu", *words])
+    return main(["--weights", str(weights), "--size", SIZED, "--set", "device=cpu", *words])
 
 
 def read(path: str) -> np.ndarray:
@@ -69,23 +71,9 @@ def read(path: str) -> np.ndarray:
 def test_official_latents(place, case, extra):
     """From files to the official latents of the same seed."""
     desc = CASES[case]["desc"]
-    status = sample(
-        "--image",
-        "image.png",
-        "--warp",
-        "warp.npy",
-        "mask.npy",
-        "--prompt",
-        CASES["_common"]["prompt"],
-        "--frames",
-        str(desc["num_frames_arg"]),
-        "--seed",
-        str(desc["seed"]),
-        "--set",
-        "latents=x.safetensors",
-        *extra,
-    )
-    assert status == 0
+    words = ["--image", "image.png", "--warp", "warp.npy", "mask.npy", "--prompt", CASES["_common"]["prompt"]]
+    words += ["--frames", str(desc["num_frames_arg"]), "--seed", str(desc["seed"])]
+    assert sample(*words, "--set", "latents=x.safetensors", *extra) == 0
     latents = load_file("x.safetensors")["latents"]
     full = f"{case}.latents" in RUNS
     actual, expected = (latents, RUNS[f"{case}.latents"]) if full else (latents[:, 1::5], RUNS[f"{case}.latents_ch"])
@@ -114,8 +102,9 @@ def test_lengths_and_files(place, words, length, led):
 def test_warp_goes_with_the_poses(place):
     """The warp video starts with the picture, and moving forward enlarges what is in the middle: a white square
     grows."""
-    picture = np.full((64, 128, 3), 60, np.uint8)
-    picture[24:40, 56:72] = 220
+    picture = np.full((*SIZE, 3), 60, np.uint8)
+    row, column = SIZE[0] // 2, SIZE[1] // 2
+    picture[row - 8:row + 8, column - 8:column + 8] = 220
     Image.fromarray(picture).save("square.png")
     np.save("flat.npy", np.full((8, 16), 2.0))
     assert sample("--image", "square.png", "--move", "forward 5", "--depth", "flat.npy") == 0
@@ -303,7 +292,7 @@ def test_continued_equals_uninterrupted(place, monkeypatch, way):
 
 def test_a_killed_run_goes_on(place):
     """The system ends a run at once, wherever it is; nothing is lost but the chunk that was being made."""
-    words = ["--weights", str(DISTILLED), "--size", "64x128", "--set", "device=cpu", "--image", "image.png", "--warp", "warp.npy"]
+    words = ["--weights", str(DISTILLED), "--size", SIZED, "--set", "device=cpu", "--image", "image.png", "--warp", "warp.npy"]
     run = subprocess.Popen([sys.executable, Path(files.__file__).parents[1] / "sample.py", *words], stdout=subprocess.DEVNULL,
                            stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
     state = place / "out_parts" / "state.safetensors"
@@ -437,7 +426,7 @@ LED = ["--image", "image.png", "--move", "forward 1"]
     (["--image", "image.png", "--lora", str(HELIOS / "lora_prefix.safetensors")], ["--lora"]),
     (["--image", "image.png", "--move", "fly 3"], ["fly"]),
     (["--image", "image.png", "--poses", "none.json"], ["none.json"]),
-    (["--image", "image.png", "--warp", "warp.npy", "--frames", "100"], ["warp.npy", "99", "100"]),
+    (["--image", "image.png", "--warp", "warp.npy", "--frames", str(LONG + 1)], ["warp.npy", str(LONG), str(LONG + 1)]),
     (["--image", "image.png", "--warp", "mask.npy"], ["mask.npy"]),
     (LED + ["--out", "no/such/folder/out.mp4"], ["no/such/folder"]),
     (LED + ["--out", "out.txt"], ["out.txt", ".mp4"]),
@@ -473,9 +462,9 @@ def test_bad_poses(capsys, place):
 
 
 def test_bad_masks(capsys, place):
-    np.save("short.npy", np.load("mask.npy")[:98])
+    np.save("short.npy", INPUTS["mask"][:-1])
     words = ["--image", "image.png", "--warp", "warp.npy"]
-    refused(capsys, place, words + ["short.npy"], "98", "99")
+    refused(capsys, place, words + ["short.npy"], str(LONG - 1), str(LONG))
     shutil.copy("warp.npy", "out_warp.mp4")
     refused(capsys, place, ["--image", "image.png", "--warp", "out_warp.mp4"], "out_warp.mp4")
     refused(capsys, place, words + ["warp.npy"], "warp.npy")

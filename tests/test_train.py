@@ -4,6 +4,7 @@ user runs it: files, resuming, stopping, bad input."""
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -55,7 +56,7 @@ from helios.vae import VAE
 from model import Helios
 from render import make_warp
 from sample import main as sample_main
-from train import Recipe, Trainer, build_history, draw_items, learning_rate, main
+from train import TARGETS, Recipe, Trainer, build_history, draw_items, learning_rate, main
 from wah import Rollout
 
 GOLDEN = tensors(HELIOS / "train.safetensors")
@@ -85,6 +86,11 @@ def history(condition):
     return build_history(condition, Recipe(), stream(CASES["hist.release"]["torch_manual_seed"]))
 
 
+def frames_of(text: str) -> slice:
+    """The frames that a note like "warp[0:33]" names."""
+    return slice(*map(int, re.search(r"\[(\d+):(\d+)\]", text).groups()))
+
+
 def stream(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -102,12 +108,13 @@ def pixels(*frames: np.ndarray) -> torch.Tensor:
 
 
 def test_conditions():
-    warp = make_warp(INPUTS["warp"][:33], INPUTS["mask"][:33] / 255, INPUTS["image"].shape[:2])
+    led, target = (frames_of(CASES["cond"][name]) for name in ("warp frames", "target frames"))
+    warp = make_warp(INPUTS["warp"][led], INPUTS["mask"][led] / 255, INPUTS["image"].shape[:2])
     seed = CASES["cond"]["seed(args.seed, prepare_condition generator)"]
     conditions = Conditions(load(VAE, DISTILLED / "vae"), [], INPUTS["image"].shape[:2], Choices(seed), 1, "cpu")
     image, fake = conditions.encode_image(pixels(INPUTS["image"]))
     latents, visible = conditions.encode_warp(warp)
-    target = conditions.encode(pixels(*INPUTS["warp"][33:66]), None)
+    target = conditions.encode(pixels(*INPUTS["warp"][target]), None)
     for name, value in (("image", image), ("fake_image", fake), ("video", latents), ("target", target)):
         check("training conditions", value, GOLDEN[f"cond.{name}_latents"], 5e-5)
     check("training conditions", visible, GOLDEN["hist.release.history_visible_mask_short"][:, :, 2:], 1e-6)
@@ -171,7 +178,7 @@ def test_several_draws_are_one_after_the_other():
 
 
 def trainer_of(transformer: Helios, start: dict | None = None, **options) -> Trainer:
-    trainer = Trainer(transformer, load_schedule(DISTILLED), Recipe(rank=RANK, **options))
+    trainer = Trainer(transformer, load_schedule(DISTILLED), Recipe(**{"rank": RANK, **options}))
     for name, value in (start or {}).items():
         trainer.tensors[name].data.copy_(value)
     return trainer
@@ -203,8 +210,11 @@ def test_updates(transformer, history, condition, name, checkpointing, keep_atte
     random_start = "random" in name
     start = tensors(HELIOS / "lora_noprefix.safetensors") if random_start else {}
     stages = (0, 1, 2) if "all_stages" in name else (0,)
+    setup = CASES[name]["stats"]
+    rank, alpha = setup["lora_rank"], setup["lora_alpha"]
     trainer = trainer_of(transformer, start, stages=stages, checkpointing=checkpointing,
-                         keep_attention=keep_attention, clip=1.0)
+                         keep_attention=keep_attention, clip=1.0, rank=rank, scale=alpha / rank)
+    assert TARGETS == tuple(setup["lora_target_modules"])
     before = {key: value.detach().clone() for key, value in trainer.tensors.items()}
     records, text = CASES[name]["records"], golden_text(transformer)
     for record in records:
@@ -481,11 +491,12 @@ def test_diffusers_and_peft_load_it(place, transformer):
 
 def test_without_steps_it_changes_nothing(transformer):
     """B is zero: a rollout with the new LoRA is bit-equal to one without."""
-    models, prompts = Models(transformer, load(VAE, DISTILLED / "vae"), load_schedule(DISTILLED)), torch.rand(1, 8, 32)
-    warp, made = make_warp(INPUTS["warp"][:33], INPUTS["mask"][:33] / 255, (64, 128)), []
+    models, size = Models(transformer, load(VAE, DISTILLED / "vae"), load_schedule(DISTILLED)), (64, 128)
+    prompts = torch.rand(1, 8, transformer.config.text_dim)
+    warp, made = make_warp(INPUTS["warp"][:33], INPUTS["mask"][:33] / 255, size), []
     for lora in (None, trainer_of(transformer).lora):
         image = warp.frames[:, :, 0]
-        rollout = Rollout(models, Prompts(prompts, prompts), (64, 128), stream(0), image=image, lora=lora)
+        rollout = Rollout(models, Prompts(prompts, prompts), size, stream(0), image=image, lora=lora)
         made.append(rollout.next(warp=warp).latents)
     assert torch.equal(*made)
 
@@ -738,8 +749,9 @@ def test_resume_of_another_run(capsys, place):
     np.save("clip.npy", INPUTS["warp"][:36])
     state, header = read("run/state.safetensors")
     key = "blocks.0.attn1.to_k.lora_A.weight"
-    save_file(state | {key: torch.zeros(RANK, 40)}, "run/state.safetensors", header)
-    refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], "not a state of this model", key, "40")
+    width = state[key].shape[1] + 4
+    save_file(state | {key: torch.zeros(RANK, width)}, "run/state.safetensors", header)
+    refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], "not a state of this model", key, str(width))
     save_file({name: value for name, value in state.items() if name != key}, "run/state.safetensors", header)
     refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], key, "nothing")
     save_file(state, "run/state.safetensors")

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,9 +14,9 @@ from goldens import DISTILLED, HELIOS, check
 from PIL import Image
 
 from files.media import fit_image
-from geometry.camera import move_path, normalize, scale_translation
+from geometry.camera import WINDOW, move_path, normalize, scale_translation
 from geometry.pi3x import load_pi3x
-from geometry.surface import geometry_from_depth, pinhole
+from geometry.surface import geometry_from_depth, geometry_size, pinhole
 from helios.flow import load_schedule
 from helios.index import read_index
 from helios.load import encode_prompts, load_models
@@ -115,25 +116,47 @@ def compare_history(case: str, chunk: int, history) -> None:
                 check(f"history of chunk {chunk}", band.latents[:, step > 1::step], recorded[key], tolerance)
 
 
-WARPED = {  # run -> what its recorded options mean here
-    "wah_1c": {}, "wah_2c": {}, "wah_3c": {}, "wah_1c_lora": {}, "wah_2c_lora": {},
-    "wah_1c_norope": {"align": False}, "wah_1c_nodrop": {"drop": False}, "wah_1c_nowarpnoise": {"warp_noise": False},
-    "wah_1c_nomask": {}, "wah_1c_sigma": {"warp_sigma": (0.3, 0.5)}, "wah_1c_noamplify": {"amplify_first_chunk": False},
-    "wah_2c_imgnoise": {"image_noise": True}, "wah_2c_prevhist": {"previous": (4, 2, 1)},
-    "wah_2c_prev0": {"previous": (0, 0, 0)},
+NAMES = {  # official option -> ours
+    "rope_alignment": "align", "visible_token_drop": "drop", "add_noise_to_warp_latents": "warp_noise",
+    "warp_noise_sigma_min": "warp_sigma", "warp_noise_sigma_max": "warp_sigma", "prev_chunk_history_sizes": "previous",
+    "is_amplify_first_chunk": "amplify_first_chunk", "add_noise_to_image_latents": "image_noise",
+    "guidance_scale": "guidance", "zero_steps": "zero_steps",
 }
+INPUT_NAMES = {"image", "video", "warp_video", "warp_visibility_mask", "lora_path", "prompt", "negative_prompt",
+               "num_frames", "is_enable_stage2", "use_zero_init", "pyramid_num_inference_steps_list",
+               "num_inference_steps"}
+
+
+def asked_of(case: str) -> dict:
+    return CASES[case]["desc"].get("options", {})
+
+
+def options_of(case: str, options: Options) -> Options:
+    """The recorded options of a run, of which those that are missing are defaults."""
+    asked = asked_of(case)
+    changes = {NAMES[name]: tuple(value) if isinstance(value, list) else value
+               for name, value in asked.items() if name not in INPUT_NAMES}
+    if "warp_sigma" in changes:
+        low, high = options.warp_sigma
+        changes["warp_sigma"] = asked.get("warp_noise_sigma_min", low), asked.get("warp_noise_sigma_max", high)
+    steps = asked.get("pyramid_num_inference_steps_list") or [asked.get("num_inference_steps")]
+    return replace(options, **changes, **({"steps": tuple(steps)} if None not in steps else {}))
+
+
+WARPED = [case for case in CASES if "warp_frames" in CASES[case].get("desc", {}) and "warp_video" not in asked_of(case)]
 
 
 @pytest.mark.parametrize("case", WARPED)
 def test_warp_runs(models, prompts, draws, case):
-    lora = load_lora(HELIOS / "lora_noprefix.safetensors") if "lora" in case else None
+    asked = asked_of(case)
+    lora = load_lora(HELIOS / asked["lora_path"]) if "lora_path" in asked else None
     rollout = Rollout(models, prompts, SIZE, generator(case), image=fit_image(picture(), SIZE, crop=False), lora=lora,
-                      options=replace(model_options(DISTILLED), **WARPED[case]))
+                      options=options_of(case, model_options(DISTILLED)))
     histories, chunks = history_of(rollout), []
-    for start in range(0, CASES[case]["desc"]["warp_frames"], 33):
-        warp = warp_of(slice(start, start + 33))
-        if case == "wah_1c_nomask":
-            warp = make_warp(INPUTS["warp"][:33], None, SIZE)
+    for start in range(0, CASES[case]["desc"]["warp_frames"], WINDOW):
+        warp = warp_of(slice(start, start + WINDOW))
+        if "warp_visibility_mask" in asked:
+            warp = make_warp(INPUTS["warp"][:WINDOW], None, SIZE)
         chunks.append(rollout.next(warp=warp))
     compare(case, rollout.given, chunks, "warp runs")
     assert draws == CASES[case]["rng_trace"]
@@ -146,7 +169,8 @@ def test_warp_runs(models, prompts, draws, case):
 
 def test_resized_inputs(models, prompts):
     case = "wah_1c_resized_inputs"
-    mask = INPUTS["mask"][:30, ::2, ::2] / np.float32(255)
+    frames, *steps = map(int, re.search(r"mask\[:(\d+), ::(\d+), ::(\d+)\]", CASES[case]["desc"]["note"]).groups())
+    mask = INPUTS["mask"][:frames, ::steps[0], ::steps[1]] / np.float32(255)
     warp = make_warp(INPUTS["warp_small"], mask, SIZE)
     rollout = Rollout(models, prompts, SIZE, generator(case), image=fit_image(picture("image_other"), SIZE, crop=False))
     compare(case, rollout.given, [rollout.next(warp=warp)], "warp runs, resized")
@@ -156,41 +180,45 @@ def test_resized_inputs(models, prompts):
 def test_windows_of_34_frames(models, prompts, draws, case):
     """Later windows start with the frame before: latents are those of the last 33, the mask is one frame ahead."""
     rollout = Rollout(models, prompts, SIZE, generator(case), image=fit_image(picture("image_other"), SIZE))
-    chunks = [rollout.next(warp=warp_of(slice(max(33 * chunk - 1, 0), 33 * chunk + 33)))
-              for chunk in range(len(CASES[case]["camera_calls"]))]
+    chunks, end = [], 0
+    for call in CASES[case]["camera_calls"]:
+        start = max(end - 1, 0)
+        end = start + call["num_frames"]
+        chunks.append(rollout.next(warp=warp_of(slice(start, end))))
     compare(case, rollout.given, chunks, "warp runs of 34 frames")
     if "rng_trace" in CASES[case]:
         assert draws == CASES[case]["rng_trace"]
 
 
-@pytest.mark.parametrize("case", ["native_i2v_1c", "native_i2v_2c", "native_t2v_2c", "native_t2v_1c_noamplify", "native_v2v_1c"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("native_")])
 def test_native_runs(models, prompts, draws, case):
-    asked = CASES[case]["desc"]["options"]
-    options = replace(model_options(DISTILLED), restart=True, image_noise=asked.get("add_noise_to_image_latents", False),
-                      amplify_first_chunk=asked.get("is_amplify_first_chunk", True))
-    image = fit_image(picture(), SIZE, crop=False) if "image" in asked else None
-    video = make_warp(INPUTS["warp"][:35], None, SIZE).frames if "video" in asked else None
+    asked = asked_of(case)
+    options = options_of(case, replace(model_options(DISTILLED), restart=True))
+    image, video = fit_image(picture(), SIZE, crop=False) if "image" in asked else None, None
+    if "video" in asked:
+        count = int(re.search(r"first (\d+) warp frames", CASES[case]["desc"]["note"])[1])
+        video = make_warp(INPUTS["warp"][:count], None, SIZE).frames
     rollout = Rollout(models, prompts, SIZE, generator(case), image=image, video=video, options=options)
-    chunks = [rollout.next() for _ in range(-(-asked.get("num_frames", 33) // 33))]
+    chunks = [rollout.next() for _ in range(-(-asked.get("num_frames", WINDOW) // WINDOW))]
     compare(case, rollout.given, chunks, "native runs")
     assert draws == CASES[case]["rng_trace"]
 
 
-GUIDED = {  # run -> schedule and options (the base run's scheduler is described in the specification)
-    "mid_t2v_cfgzero": ({}, {"zero_star": True}), "mid_i2v_cfgzero": ({}, {"zero_star": True, "zero_steps": None}),
-    "mid_t2v_plaincfg_euler_nodyn": ({"sampler": "euler", "use_dynamic_shifting": False}, {}),
-    "base_t2v_stage1_unipc": ({"stages": 1, "stage_range": (0, 1)}, {}),
+GUIDED = {  # run -> schedule, and whether it is CFG-zero-star; both are described in the specification alone
+    "mid_t2v_cfgzero": ({}, True), "mid_i2v_cfgzero": ({}, True),
+    "mid_t2v_plaincfg_euler_nodyn": ({"sampler": "euler", "use_dynamic_shifting": False}, False),
+    "base_t2v_stage1_unipc": ({"stages": 1, "stage_range": (0, 1)}, False),
 }
 
 
 @pytest.mark.parametrize("case", GUIDED)
 def test_guided_runs(models, prompts, draws, case):
-    asked = CASES[case]["desc"]["options"]
-    schedule_change, change = GUIDED[case]
-    schedule = replace(load_schedule(HELIOS / "mid"), **schedule_change)
-    steps = asked.get("pyramid_num_inference_steps_list", [asked.get("num_inference_steps")])
-    options = Options(steps=tuple(steps), guidance=asked["guidance_scale"], amplify_first_chunk=False,
-                      image_noise=asked.get("add_noise_to_image_latents", False), **change)
+    asked = asked_of(case)
+    change, zero_star = GUIDED[case]
+    schedule = replace(load_schedule(HELIOS / "mid"), **change)
+    options = options_of(case, Options(amplify_first_chunk=False, zero_star=zero_star))
+    if not asked.get("use_zero_init", True):
+        options = replace(options, zero_steps=None)
     image = fit_image(picture(), SIZE, crop=False) if "image" in asked else None
     rollout = Rollout(replace(models, schedule=schedule), prompts, SIZE, generator(case), image=image, options=options)
     compare(case, rollout.given, [rollout.next()], "guided runs", 5e-3, 3e-4)
@@ -202,7 +230,7 @@ def test_guided_runs(models, prompts, draws, case):
 
 def room_camera(size) -> Camera:
     image = fit_image(picture(), size)
-    depth = torch.linspace(3, 1, 64)[:, None].expand(64, 128)
+    depth = torch.linspace(3, 1, SIZE[0])[:, None].expand(SIZE)
     return Camera(geometry_from_depth(image, depth, pinhole(60, *size)), size)
 
 
@@ -296,8 +324,8 @@ def test_clear_errors(models, prompts):
     for steps in ((2, 2), (2, 0, 2)):
         with pytest.raises(ValueError, match="numbers"):
             Rollout(models, prompts, SIZE, generator, options=Options(steps=steps))
-    with pytest.raises(ValueError, match="expected 64x128"):
-        Rollout(models, prompts, SIZE, generator, image=torch.zeros(1, 3, 64, 64))
+    with pytest.raises(ValueError, match=f"expected {SIZE[0]}x{SIZE[1]}"):
+        Rollout(models, prompts, SIZE, generator, image=torch.zeros(1, 3, SIZE[0], SIZE[1] + 64))
     with pytest.raises(ValueError, match="need a camera"):
         Rollout(models, prompts, SIZE, generator).next(poses=move_path("hold"))
     lora = load_lora(HELIOS / "lora_noprefix.safetensors")
@@ -336,7 +364,7 @@ def test_keyframe_memory_leads_a_rollout(models, prompts, pi3x):
     rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), image=image, camera=Memory(lambda: pi3x, image, SIZE, limit=11760))
     first, second = (rollout.next(poses=part) for part in path.split(33))
     assert [chunk.warp.frames.shape[2] for chunk in (first, second)] == [33, 34]
-    start = torch.nn.functional.interpolate(first.frames[:, :, -1], size=(84, 140), mode="bilinear")
+    start = torch.nn.functional.interpolate(first.frames[:, :, -1], size=geometry_size(*SIZE, 11760), mode="bilinear")
     start = torch.nn.functional.interpolate(start, size=SIZE, mode="bilinear")
     assert abs(second.warp.frames[:, :, 0] - start).mean() < 0.02
     assert second.warp.visible[:, :, 0].min() == 1
@@ -368,7 +396,7 @@ def test_a_rollout_goes_on_from_its_state(models, prompts, pi3x, keyframes):
 
 def test_a_state_holds_all_that_changes(models, prompts):
     """Natively and from text, too, where there is no prefix before the first chunk; and a state does not grow."""
-    for start in ({}, {"image": fit_image(picture(), SIZE)}, {"video": make_warp(INPUTS["warp"][:35], None, SIZE).frames}):
+    for start in ({}, {"image": fit_image(picture(), SIZE)}, {"video": make_warp(INPUTS["warp"][:WINDOW], None, SIZE).frames}):
         whole = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(1), **start)
         sizes = []
         for _ in range(2):
