@@ -44,12 +44,12 @@ from wah import CHUNK, mask_latents
 class Choices:
     """How cases are drawn. The defaults are those of the release."""
 
-    seed: int = 42
+    seed: int = 42  # of all draws
     reverse: float = 0.5  # share of reversed clips
     first: float = 0.5  # share of clips that are a first chunk
     max_history: int = 19  # keyframes before a later chunk
     future: float = 0.5  # share of later chunks that also have keyframes from among the target's frames
-    future_count: tuple[int, int] = (1, 2)
+    future_count: tuple[int, int] = (1, 2)  # of those: at least, at most
     forms: int = 1  # of every clip, up to 12: also mirrored and with its colours exchanged. Officially it is 1
     atlas: bool = True  # also a first chunk's holes show the far background. Kept for parity: in sampling they don't
 

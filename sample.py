@@ -5,8 +5,8 @@
 The camera is given as a file of poses, as moves ("forward 1, yaw -20"), or as a finished warp video with its mask; with
 none of them Helios runs as it is (text to video, image to video, or --image with a video that is to be continued).
 Without any argument it makes the demo's video. Everything is checked before the first file is written. Every chunk is
-on disk as soon as it is made, and --continue goes on after the last one (output.py); at the end there is one mp4, and
-beside it a warp video and a contact sheet. Unlike the official program, which rounds up to whole chunks and cuts to
+on disk as soon as it is made, and --continue goes on after the last one (files/output.py). At the end there is one mp4,
+and beside it a warp video and a contact sheet. Unlike the official program, which rounds up to whole chunks and cuts to
 4n + 1 frames, the video has exactly the frames asked for.
 """
 
@@ -71,7 +71,7 @@ class Settings(Options):
     check: bool = False  # measures with Pi3X how well the video follows: out_check.json
     latents: Path | None = None  # also writes the latents (.safetensors, key `latents`)
     compile: bool = False  # torch.compile the transformer: slow to begin, faster then
-    device: str = default_device()
+    device: str = default_device()  # cpu, cuda or cuda:N; none given: cuda if there is one
 
     def __post_init__(self):
         super().__post_init__()

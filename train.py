@@ -61,16 +61,16 @@ FREE = {"steps", "save_every", "sample_every", "checkpointing", "keep_attention"
 class Recipe(Choices):
     """How to train. The defaults are those of the release; --set changes them."""
 
-    steps: int = 1000
-    rank: int = 32
+    steps: int = 1000  # updates, each from one clip
+    rank: int = 32  # of the LoRA
     scale: float = 1.0  # alpha / rank
-    lr: float = 1e-4
-    warmup: int = 20  # steps
+    lr: float = 1e-4  # learning rate
+    warmup: int = 20  # steps in which the learning rate rises
     decay: str = "constant"  # or cosine or linear, down to final_lr * lr in the last step
-    final_lr: float = 0.0
-    weight_decay: float = 0.01
+    final_lr: float = 0.0  # share of lr that a falling rate ends with
+    weight_decay: float = 0.01  # of AdamW
     clip: float = 1.0  # largest norm of the gradient
-    checkpointing: bool = True
+    checkpointing: bool = True  # blocks are computed again in the backward pass: less memory
     keep_attention: bool = True  # or compute it twice: a sixth more work and, at 384x640, 3.6 GiB less memory
     stages: tuple[int, ...] = (0,)  # whose mean loss is trained; in sampling the first alone has the LoRA
     levels: str = "table"  # or shifted (dynamic shifting) or interval (between a sampler's first two points)
@@ -78,15 +78,15 @@ class Recipe(Choices):
     density: str = "uniform"  # of the noise levels; or logit_normal, or first (the stage's first level alone)
     draws: int = 1  # of noise and its level in a step; more make a steadier gradient where warps cost more than it does
     history: tuple[int, int, int] = BANDS  # latent frames of the long, mid and short band before the target
-    warp_noise: bool = True
-    warp_sigma: tuple[float, float] = (0.111, 0.135)
+    warp_noise: bool = True  # warp and first frame get a little noise
+    warp_sigma: tuple[float, float] = (0.111, 0.135)  # its share is drawn from here
     position: str = "target"  # time indices of the warp; or reversed, or before (the target)
     delta: int = 0  # is subtracted from them
-    drop: bool = True
+    drop: bool = True  # history tokens without a visible source are dropped
     threshold: float = 0.5  # least visible share of a kept token. Kept for parity: sampling keeps more, from 0.1 on
     geometry_pixels: int = 0  # at most, in a frame that Pi3X sees and that warps are rendered at; 0: its own number
-    save_every: int = 100
-    sample_every: int = 0  # 0: never
+    save_every: int = 100  # steps
+    sample_every: int = 0  # steps between sample_*.png; 0: none
     cache: int = 256  # VAE windows of each kind that are kept in host memory, up to 2.4 MB each at 384x640
 
     def __post_init__(self):

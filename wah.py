@@ -105,17 +105,17 @@ class Options:
 
     steps: tuple[int, ...] = (2, 2, 2)  # one number a stage
     guidance: float = 1.0  # above 1 every step costs a second call, with the negative prompt
-    zero_star: bool = False  # CFG-zero-star
-    zero_steps: int | None = 1  # with zero_star the first zero_steps + 1 steps predict zero; None: none of them
+    zero_star: bool = False  # CFG-Zero*: the negative prompt's prediction is first fitted to the other
+    zero_steps: int | None = 1  # with zero_star the first zero_steps + 1 steps predict zero; none: no step does
     amplify_first_chunk: bool = True  # the first chunk takes twice the steps (dmd sampler only)
     align: bool = True  # the warp has the target's time indices; off: it precedes the target
     drop: bool = True  # history tokens without a visible source are dropped
     threshold: float = 0.1  # least visible share of a kept token
     warp_noise: bool = True  # warp and prefix get a little noise, as history had in training
-    warp_sigma: tuple[float, float] = (0.111, 0.135)
-    image_noise: bool = False
-    image_sigma: tuple[float, float] = (0.111, 0.135)
-    video_noise: bool = True
+    warp_sigma: tuple[float, float] = (0.111, 0.135)  # its share is drawn from here
+    image_noise: bool = False  # the latents of an image get noise before all stages, not the warp's alone
+    image_sigma: tuple[float, float] = (0.111, 0.135)  # its share, and that of a video
+    video_noise: bool = True  # the latents of a video that is continued get noise
     previous: tuple[int, int, int] = BANDS  # latent frames of earlier chunks beside the warp: long, mid, short
     mask_lag: bool = True  # kept for parity: after chunk 0 an official mask runs one frame ahead of its warp
     # the first latent that continues a video is overwritten with the video's first, as officially

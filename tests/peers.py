@@ -3,7 +3,7 @@
 `Scale` makes our networks in any width with random weights, `cases` the histories that they are called with. `twin`
 makes a peer of any of our networks; `Denoiser`, `PeerTrainer` and `pipeline` call it as ours is called and add what it
 lacks, the drop of invisible tokens. What they compute is theirs alone, but for the random draws of a training step
-(trainer.py). The packages are imported where they are used, as `bench.py --meta` needs none of them.
+(train.py). The packages are imported where they are used, as `bench.py --meta` needs none of them.
 """
 
 from collections.abc import Callable
