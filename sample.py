@@ -240,6 +240,11 @@ def load_settings(args: argparse.Namespace) -> Settings:
     return parse_settings(args.set, model_options(args.weights, Settings()))
 
 
+def choose_lora(args: argparse.Namespace, settings: Settings, led: bool = True) -> Lora | None:
+    file = find_lora(args.lora, args.weights, led)
+    return None if file is None else load_lora(file, settings.device, network_dtype(settings.device))
+
+
 def choose_size(args: argparse.Namespace) -> tuple[int, int]:
     size = read_index(args.weights).size if args.size is None else parse_size(args.size)
     multiple = size_multiple(load_schedule(args.weights))
@@ -299,10 +304,10 @@ def prepare(args: argparse.Namespace) -> Job:
     size = choose_size(args)
     path = load_path(args.poses) if args.poses else CameraPath(move_path(args.move)) if args.move is not None else None
     led = path is not None or args.warp is not None
-    lora = find_lora(args.lora, args.weights, led)
-    dtype = network_dtype(settings.device)
-    precision = str(dtype).removeprefix("torch.")
-    print(f"weights {args.weights}, LoRA {lora or 'none'}, {settings.device} in {precision}, seed {args.seed}")
+    lora = choose_lora(args, settings, led)
+    precision = str(network_dtype(settings.device)).removeprefix("torch.")
+    print(f"weights {args.weights}, LoRA {lora.source if lora else 'none'}, {settings.device} in {precision},"
+          f" seed {args.seed}")
     frames, fps, file, pi3x = args.frames or WINDOW, args.fps or 16, None, None
     start, controls = Start(), iter([])
     if path is not None:
@@ -319,8 +324,7 @@ def prepare(args: argparse.Namespace) -> Job:
         start = start_video(args.image, size) if video else Start(fit_image(load_image(args.image), size, crop=False))
     if not led:
         controls = (Control() for _ in range(-(-frames // WINDOW)))
-    adapters = load_lora(lora, settings.device, dtype) if lora else None
-    return Job(settings, size, frames, fps, start, controls, led, adapters, path, file, pi3x)
+    return Job(settings, size, frames, fps, start, controls, led, lora, path, file, pi3x)
 
 
 # ------------------------------------------------------------------------------------------------------------ outputs

@@ -329,13 +329,15 @@ class Rollout:
         return velocity
 
     @torch.no_grad()
-    def next(self, poses: Tensor | None = None, warp: Warp | None = None) -> Chunk:
+    def next(self, poses: Tensor | None = None, warp: Warp | None = None, prompts: Prompts | None = None) -> Chunk:
         """Generate 33 frames: along `poses` [T, 4, 4] (needs the camera; the last one holds if there are fewer than
         33), led by a `warp` that was made elsewhere ([1, 3, 33 or 34, H, W]), or, with neither, as plain Helios
         continues.
 
         After an error the rollout is as it was before, so that a second try gives what the first would have."""
         before = self.state()
+        if prompts is not None and prompts is not self.prompts:
+            self.prompts, self.text_cache = prompts, {}
         try:
             if poses is not None:
                 if self.camera is None or warp is not None:

@@ -1,0 +1,191 @@
+"""What the page shows and drives: one picture and its geometry, keyframes, one rollout, the frames made so far.
+
+It has one worker, so that nothing runs twice, and knows nothing of browsers (view.py is the page). Film: keyframes, a
+smooth path, the video along it, the same as sample.py makes of that path. Drive: each next chunk goes from where the
+camera is to wherever somebody looks then. With Pi3X later chunks see geometry estimated anew; the points shown are
+the first's.
+"""
+
+import argparse
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import sample
+from files.draw import save_ply
+from files.media import to_frames
+from files.video import write_video
+from geometry.camera import WINDOW, CameraPath
+from geometry.flight import drive, film
+from geometry.surface import Geometry
+from helios.load import Prompts, encode_prompts, load_models
+from memory import Camera, Memory
+from model import Helios
+from render import render
+from wah import Rollout
+
+FPS = 16
+
+
+class Studio:
+    """One picture, its keyframes, and what has been filmed. `submit` returns at once; `changed` hears of what is
+    new."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.settings = args, sample.load_settings(args)
+        self.size = sample.choose_size(args)
+        self.lora = sample.choose_lora(args, self.settings)
+        self.models = load_models(Helios, args.weights, self.settings.device, args.memory)
+        self.worker = ThreadPoolExecutor(max_workers=1)
+        self.changed: list[Callable[[], None]] = []
+        self.stopping = threading.Event()
+        self.prompt, self.seed = args.prompt, args.seed
+        self.message, self.progress = "", 0.0
+        self.prompts: tuple[str, Prompts] | None = None
+        self.open(args.image, args.depth)
+
+    def open(self, image: Path, depth: Path | None = None) -> None:
+        """Another picture; the old world is forgotten. Raises ValueError or OSError, and nothing changes then."""
+        words = argparse.Namespace(**{**vars(self.args), "image": image, "depth": depth})
+        still = CameraPath(torch.eye(4).repeat(2, 1, 1))
+
+        def start() -> sample.Start:
+            file, pi3x = sample.open_pi3x(words, self.settings, 2 * WINDOW)
+            return sample.start_path(words, self.settings, self.size, still, file, pi3x)
+
+        self.first, self.start = start(), start
+        self.keys: list[Tensor] = [torch.eye(4)]  # relative to the picture's camera, in its own unit
+        self.seconds: list[float] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """A new film of the same picture."""
+        self.rollout: Rollout | None = None
+        self.frames: list[np.ndarray] = []  # [H, W, 3] uint8
+        self.path = torch.empty(0, 4, 4)  # that the frames were made along
+        self.here = torch.eye(4)  # where the next chunk of a drive begins
+        self.rate = 0.0  # seconds a chunk
+
+    @property
+    def camera(self) -> Camera | Memory:
+        assert self.first.camera is not None
+        return self.first.camera
+
+    @property
+    def geometry(self) -> Geometry:
+        return self.camera.reference if isinstance(self.camera, Memory) else self.camera.geometry
+
+    @property
+    def picture(self) -> np.ndarray:
+        """The first frame, [H, W, 3] uint8."""
+        assert self.first.image is not None
+        return to_frames(self.first.image[:, :, None].cpu() / 2 + 0.5)[0]
+
+    def tell(self, message: str | None = None) -> None:
+        self.message = self.message if message is None else message
+        for hear in list(self.changed):
+            hear()
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Let the worker do it, after what it is at; an error is shown, and the studio lives on."""
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:  # whatever it is, the page has to go on
+                self.tell(f"**{'error' if isinstance(error, ValueError) else type(error).__name__}**: {error}")
+            self.progress = 0.0
+            self.tell()
+
+        self.worker.submit(run)
+
+    # ---- making
+
+    def planned(self) -> Tensor:
+        """The path through the keyframes [T, 4, 4]."""
+        return film(torch.stack(self.keys), self.seconds, FPS)
+
+    def preview(self) -> None:
+        """The frames of the warp along the planned path, instead of a film."""
+        path = self.planned()
+        poses = path.clone()
+        poses[:, :3, 3] *= self.camera.unit
+        warp = render(self.geometry, poses, self.size)
+        self.forget()
+        self.frames, self.path = list(to_frames(warp.frames / 2 + 0.5)), path
+        self.tell(f"preview: the warp of {len(path)} frames")
+
+    def begin(self) -> Rollout:
+        """A rollout from the picture, with the seed: the same words give the same video."""
+        self.forget()
+        self.first = self.start()
+        generator = torch.Generator().manual_seed(self.seed)
+        self.rollout = Rollout(self.models, self.embedded(), self.size, generator, self.first.image,
+                               camera=self.first.camera, lora=self.lora, options=self.settings, on_step=self.on_step)
+        return self.rollout
+
+    def embedded(self) -> Prompts:
+        """The prompt's embeddings, made anew when it is another."""
+        if self.prompts is None or self.prompts[0] != self.prompt:
+            made = encode_prompts(self.args.weights, self.prompt, self.lora is not None, self.settings.guidance > 1,
+                                  self.settings.device, self.args.memory)
+            self.prompts = self.prompt, made
+        return self.prompts[1]
+
+    def on_step(self, chunk: int, stage: int, step: int) -> None:
+        self.progress = (sum(self.settings.steps[:stage]) + step + 1) / (sum(self.settings.steps) + 1)
+        self.tell()
+
+    def add_chunk(self, rollout: Rollout, poses: Tensor) -> None:
+        begin = time.perf_counter()
+        chunk = rollout.next(poses=poses, prompts=self.embedded())
+        self.rate = time.perf_counter() - begin
+        self.frames += list(to_frames(chunk.frames / 2 + 0.5))[:len(poses)]
+        self.path = torch.cat([self.path, poses])
+        self.tell(f"{len(self.frames)} frames; {self.rate:.1f} s a chunk, {WINDOW / FPS / self.rate:.2f} times"
+                  f" real time")
+
+    def generate(self) -> None:
+        """Film the planned path, chunk by chunk."""
+        path, rollout = self.planned(), self.begin()
+        self.stopping.clear()
+        for poses in path.split(WINDOW):
+            if self.stopping.is_set():
+                break
+            self.add_chunk(rollout, poses)
+            self.here = poses[-1]
+
+    def drive(self, target: Callable[[], Tensor], chunks: int | None = None) -> None:
+        """So many chunks, or until stopped, each to where `target` then is."""
+        rollout = self.rollout or self.begin()
+        self.stopping.clear()
+        while not self.stopping.is_set() and chunks != 0:
+            there = target()
+            self.add_chunk(rollout, drive(self.here, there))
+            self.here = there
+            chunks = None if chunks is None else chunks - 1
+
+    # ---- leaving with something
+
+    def saved(self, kind: str) -> bytes:
+        """The film as "mp4", its path as "json" (which sample.py reads), the picture's points as "ply"."""
+        if kind == "json":
+            path = self.path if len(self.path) else self.planned()
+            return json.dumps({"c2w": path.tolist(), "fps": FPS, "unit": "depth"}).encode()
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / f"film.{kind}"
+            if kind == "ply":
+                valid = self.geometry.valid
+                save_ply(file, self.geometry.points[valid].cpu().numpy(), self.geometry.rgb[valid].cpu().numpy())
+            elif self.frames:
+                write_video(file, np.stack(self.frames), FPS)
+            else:
+                raise ValueError("nothing has been filmed yet")
+            return file.read_bytes()

@@ -1,0 +1,129 @@
+"""What the page drives, without a browser: films equal sample.py's videos, drives have no seam, errors are said and survived."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from goldens import DISTILLED, HELIOS
+from PIL import Image
+
+import view
+from files.media import load_video
+from geometry import surface
+from geometry.camera import motion
+from geometry.flight import pushed
+from sample import main as sample_main
+from studio import Studio
+
+
+def pose(*move: float) -> torch.Tensor:
+    return motion(torch.eye(4), torch.tensor(move), torch.ones(1))[0]
+
+
+@pytest.fixture
+def studio(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(surface, "map_size", lambda height, width: (56, 112))  # to be fast
+    with np.load(HELIOS / "pipeline_inputs.npz") as file:
+        Image.fromarray(file["image"]).save("image.png")
+    words = ["--weights", str(DISTILLED), "--size", "64x128", "--image", "image.png", "--prompt", "a car", "--set",
+             "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]
+    made = Studio(view.parse(words))
+    yield made
+    made.worker.shutdown()
+
+
+def wait(studio: Studio) -> None:
+    """Until the worker has done all that it was given."""
+    studio.worker.submit(lambda: None).result(timeout=120)
+
+
+def test_a_film_is_the_video_of_its_path(studio):
+    """The saved path, given to sample.py with the same words and seed, makes the same frames."""
+    studio.keys.append(pose(1, 0, 1, 10, 0, 0))
+    studio.seconds.append(2.5)
+    studio.seed = 3
+    studio.submit(studio.generate)
+    wait(studio)
+    assert len(studio.frames) == len(studio.path) == 41 and "s a chunk" in studio.message
+    Path("path.json").write_bytes(studio.saved("json"))
+    words = ["--weights", str(DISTILLED), "--size", "64x128", "--image", "image.png", "--prompt", "a car", "--poses",
+             "path.json", "--seed", "3", "--set", "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]
+    assert sample_main(words) == 0
+    Path("film.mp4").write_bytes(studio.saved("mp4"))
+    ours, theirs = (load_video(name).astype(int) for name in ("film.mp4", "out.mp4"))
+    assert ours.shape == theirs.shape and abs(ours - theirs).mean() < 1  # joined from two parts, so coded differently
+    assert json.loads(studio.saved("json"))["fps"] == 16 and studio.saved("ply").startswith(b"ply")
+
+
+def test_a_drive_goes_on_without_a_seam(studio):
+    """Three times the same button: a step over the border of two chunks is as long as one inside."""
+    for _ in range(3):
+        studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "forward", 1.0), chunks=1))
+    wait(studio)
+    assert len(studio.frames) == 99
+    steps = studio.path[:, 2, 3].diff()
+    assert (steps - 1 / 33).abs().max() < 1e-5
+
+
+def test_following_goes_where_one_looks_until_stopped(studio):
+    seen = []
+
+    def target() -> torch.Tensor:
+        seen.append(len(studio.frames))
+        if len(seen) == 2:
+            studio.stopping.set()
+        return pose(0, 0, len(seen), 0, 0, 0)
+
+    studio.submit(lambda: studio.drive(target))
+    wait(studio)
+    assert seen == [0, 33] and len(studio.frames) == 66 and torch.equal(studio.here, pose(0, 0, 2, 0, 0, 0))
+
+
+def test_another_picture_forgets_the_world(studio):
+    studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
+    Image.new("RGB", (128, 64), "teal").save("teal.png")
+    studio.submit(lambda: studio.open(Path("teal.png")))
+    wait(studio)
+    assert not studio.frames and len(studio.keys) == 1 and torch.equal(studio.here, torch.eye(4))
+    assert abs(studio.picture.astype(int) - [0, 128, 128]).max() < 3
+
+
+def test_errors_are_said_and_the_studio_lives_on(studio):
+    Path("bad.png").write_text("no picture")
+    before = studio.picture.copy()
+    studio.submit(lambda: studio.open(Path("bad.png")))
+    studio.submit(studio.generate)  # one keyframe is no path
+    wait(studio)
+    assert "error" in studio.message and "keyframes" in studio.message and (studio.picture == before).all()
+    with pytest.raises(ValueError, match="nothing has been filmed"):
+        studio.saved("mp4")
+    studio.keys.append(pose(0, 0, 1, 0, 0, 0))
+    studio.seconds.append(0.5)
+    studio.submit(studio.preview)
+    wait(studio)
+    assert len(studio.frames) == 9
+
+
+def test_other_words_from_the_next_chunk_on(studio):
+    """Another prompt changes the next chunk; the same one does not."""
+    made = []
+    for words in ("a car", "a boat"):
+        studio.prompt = "a car"
+        studio.forget()
+        studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
+        wait(studio)
+        studio.prompt = words
+        studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
+        wait(studio)
+        made.append(np.stack(studio.frames))
+    assert (made[0][:33] == made[1][:33]).all() and (made[0][33:] != made[1][33:]).any()
+
+
+@pytest.mark.parametrize("words, said", [(["--host", "0.0.0.0"], "--token"), (["--image", "none.png"], "none.png")])
+def test_bad_words(capsys, words, said):
+    assert view.main([*words, "--weights", str(DISTILLED)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("view.py: error: ") and said in error

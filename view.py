@@ -1,0 +1,282 @@
+"""The page: fly the camera in the picture's own points, film it, and drive on.
+
+    pip install -e ".[view]" && python view.py        # http://127.0.0.1:8080, the demo with the miniature
+
+`Page` is one browser's view of a `Studio` (studio.py), in viser, whose cameras are OpenCV's too; all pages show the
+same one. Words that the page does not know itself are sample.py's: --image, --depth, --weights, --lora, --set and so
+on.
+"""
+
+import argparse
+import secrets
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import sample
+from files.cli import run_program
+from geometry.camera import inverse, quaternion, rigid
+from geometry.flight import AMOUNTS, pushed
+from geometry.surface import transform
+from studio import FPS, Studio
+
+UPLOAD = 50 * 2**20  # bytes of a picture at most
+NAMES = {"up": "rise", "down": "sink"}  # of buttons
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def large(frame: np.ndarray, width: int = 560) -> np.ndarray:
+    """A small frame enlarged for the eye."""
+    times = max(width // frame.shape[1], 1)
+    return frame.repeat(times, axis=0).repeat(times, axis=1)
+
+
+class Page:
+    """What one browser shows of the studio, and what its buttons do."""
+
+    def __init__(self, client, studio: Studio):
+        self.client, self.studio = client, studio
+        self.open, self.shown = True, -1  # the frame that is shown
+        self.build()
+        self.look()
+        studio.changed.append(self.refresh)
+        self.refresh()
+        threading.Thread(target=self.play, daemon=True).start()
+
+    # ---- what is on it
+
+    def build(self) -> None:
+        gui, studio = self.client.gui, self.studio
+        gui.configure_theme(control_width="large", show_logo=False, show_share_button=False)
+        self.video = gui.add_image(large(studio.picture), format="jpeg", jpeg_quality=90)
+        self.status = gui.add_markdown("")
+        self.bar = gui.add_progress_bar(0.0)
+        tabs = gui.add_tab_group()
+        with tabs.add_tab("Film"):
+            self.keys = gui.add_dropdown("keyframe", ["0: the picture"])
+            self.gap = gui.add_number("seconds to it", 2.0, min=0.1, max=60, step=0.1)
+            self.buttons({"add keyframe": self.add_key, "move it here": self.move_key})
+            self.buttons({"set its seconds": self.time_key, "remove it": self.remove_key})
+            self.buttons({"preview": lambda: studio.submit(studio.preview),
+                          "generate": lambda: studio.submit(studio.generate), "stop": studio.stopping.set})
+        with tabs.add_tab("Drive"):
+            self.follow = gui.add_checkbox("follow me", False)
+            self.follow.on_update(lambda event: self.drive() if self.follow.value else studio.stopping.set())
+            self.speed = gui.add_slider("amount", 0.1, 5.0, 0.1, 1.0)
+            for row in (("forward", "back"), ("left", "right"), ("up", "down"), ("yaw", "pitch", "roll")):
+                self.buttons({NAMES.get(verb, verb): partial(self.push, verb) for verb in row})
+        with gui.add_folder("Picture and words"):
+            upload = gui.add_upload_button("another picture", mime_type="image/*")
+            upload.on_upload(lambda event: self.upload(event.target.value))
+            self.prompt = gui.add_text("prompt", studio.prompt)
+            self.prompt.on_update(lambda event: setattr(studio, "prompt", self.prompt.value))
+            self.seed = gui.add_number("seed", studio.seed, min=0, step=1)
+            self.seed.on_update(lambda event: setattr(studio, "seed", int(self.seed.value)))
+        with gui.add_folder("Save"):
+            self.buttons({f"save {kind}": partial(self.save, kind) for kind in ("mp4", "json", "ply")})
+
+    def buttons(self, row: dict[str, Callable[[], object]]) -> None:
+        """A row of buttons; what one of them can't do is said on the page."""
+        def press(event) -> None:
+            try:
+                row[event.target.value]()
+            except (ValueError, OSError) as error:
+                self.studio.tell(f"**error**: {error}")
+
+        self.client.gui.add_button_group("", list(row)).on_click(press)
+
+    def look(self) -> None:
+        """The picture's points, in the units of the path and the axes of its camera, and the viewer where that is."""
+        geometry, unit = self.studio.geometry, self.studio.camera.unit
+        axes = transform(inverse(geometry.c2w.cpu()), *geometry.points[geometry.valid].cpu().unbind(-1))
+        points = torch.stack(axes, dim=-1).numpy() / unit
+        self.fov = 2 * np.arctan(geometry.depth.shape[0] / 2 / geometry.K[1, 1].item())
+        scene, camera = self.client.scene, self.client.camera
+        scene.add_point_cloud("/points", points, geometry.rgb[geometry.valid].cpu().numpy(), point_size=0.05,
+                              precision="float32")
+        camera.position, camera.look_at = (0.0, 0.0, 0.0), (0.0, 0.0, 10.0)
+        camera.fov = self.fov
+        self.world = self.studio.first
+
+    def refresh(self) -> None:
+        studio = self.studio
+        self.status.content, self.bar.value = studio.message, 100 * min(studio.progress, 1.0)
+        options = [f"{index}: {'the picture' if index == 0 else f'after {seconds:g} s'}"
+                   for index, seconds in enumerate([0.0, *studio.seconds])]
+        if tuple(options) != tuple(self.keys.options):
+            self.keys.options = options
+            self.keys.value = options[-1]
+        if self.world.image is not studio.first.image and not torch.equal(self.world.image, studio.first.image):
+            self.look()
+        if len(studio.keys) > 1:
+            places = torch.stack(studio.keys)[:, :3, 3].numpy()
+            self.client.scene.add_spline_catmull_rom("/path", places, color=(220, 60, 30), thickness=0.05)
+        else:
+            self.client.scene.add_spline_catmull_rom("/path", np.zeros((2, 3)), visible=False)
+
+    def play(self) -> None:
+        """The film so far, over and over, while the page is open; the frustum stands where a frame was seen from."""
+        while self.open:
+            frames, path = self.studio.frames, self.studio.path
+            if frames:
+                self.shown = (self.shown + 1) % len(frames)
+                self.video.image = large(frames[self.shown])
+                if self.shown < len(path):
+                    self.place_camera(path[self.shown], frames[self.shown])
+            time.sleep(1 / FPS)
+
+    def place_camera(self, pose: Tensor, frame: np.ndarray) -> None:
+        """The frustum with its frame, unless the viewer stands in it."""
+        place = pose[:3, 3].numpy()
+        away = np.linalg.norm(self.client.camera.position - place)
+        self.client.scene.add_camera_frustum(
+            "/camera", self.fov, frame.shape[1] / frame.shape[0], scale=2.0, thickness=1.5, thickness_units="screen",
+            image=frame, format="jpeg", position=place, wxyz=quaternion(pose[:3, :3]).numpy(), visible=bool(away > 1))
+
+    def close(self) -> None:
+        self.open = False
+        self.studio.changed.remove(self.refresh)
+
+    # ---- what its buttons do
+
+    @property
+    def pose(self) -> Tensor:
+        """Where the viewer is, and looks."""
+        camera = self.client.camera
+        turn, place = (torch.from_numpy(np.array(each, np.float64))[None] for each in (camera.wxyz, camera.position))
+        return rigid(turn, place)[0].float()
+
+    @property
+    def key(self) -> int:
+        return int(self.keys.value.partition(":")[0])
+
+    def add_key(self) -> None:
+        self.studio.keys.append(self.pose)
+        self.studio.seconds.append(float(self.gap.value))
+        self.studio.tell()
+
+    def change_key(self) -> int:
+        if self.key == 0:
+            raise ValueError("the first keyframe is the picture's own camera; add another one")
+        return self.key
+
+    def move_key(self) -> None:
+        self.studio.keys[self.change_key()] = self.pose
+        self.studio.tell()
+
+    def time_key(self) -> None:
+        self.studio.seconds[self.change_key() - 1] = float(self.gap.value)
+        self.studio.tell()
+
+    def remove_key(self) -> None:
+        index = self.change_key()
+        del self.studio.keys[index], self.studio.seconds[index - 1]
+        self.studio.tell()
+
+    def drive(self) -> None:
+        """Chunk after chunk to where the viewer looks."""
+        self.studio.submit(lambda: self.studio.drive(lambda: self.pose))
+
+    def push(self, verb: str) -> None:
+        """One chunk by a button, from where the film is."""
+        amount = AMOUNTS[verb] * self.speed.value
+        self.studio.submit(lambda: self.studio.drive(lambda: pushed(self.studio.here, verb, amount), chunks=1))
+
+    def upload(self, file) -> None:
+        """The picture is opened by the same checks as a file; the worker does it, when it is free."""
+        if len(file.content) > UPLOAD:
+            return self.studio.tell(f"{file.name}: {len(file.content)} bytes, expected at most {UPLOAD}")
+        self.studio.stopping.set()
+
+        def work() -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / f"picture{Path(file.name).suffix}"
+                path.write_bytes(file.content)
+                try:
+                    self.studio.open(path)
+                except ValueError as error:
+                    raise ValueError(str(error).replace(str(path), file.name)) from None
+            self.studio.tell(f"{file.name} is the picture now")
+
+        return self.studio.submit(work)
+
+    def save(self, kind: str) -> None:
+        self.client.send_file_download(f"film.{kind}", self.studio.saved(kind), save_immediately=True)
+
+
+def admit(client, studio: Studio, token: str | None, pages: dict[int, Page]) -> None:
+    """A browser comes in; with a `token` it sees nothing before it has given it."""
+    if token is None:
+        pages[client.client_id] = Page(client, studio)
+        return
+    asked = client.gui.add_text("token", "")
+    button = client.gui.add_button("enter")
+
+    def enter(event) -> None:
+        if secrets.compare_digest(asked.value.encode(), token.encode()) and client.client_id not in pages:
+            asked.remove()
+            button.remove()
+            pages[client.client_id] = Page(client, studio)
+
+    button.on_click(enter)
+
+
+def serve(args: argparse.Namespace):
+    """The running server, its studio and the pages."""
+    try:
+        import viser
+    except ImportError:
+        raise ValueError('the page needs viser: pip install -e ".[view]"') from None
+    if args.host not in LOCAL and not args.token:
+        raise ValueError(f"--host {args.host}: opens this page to the network; give a --token, which it will ask for")
+    studio, pages = Studio(args), {}
+    server = viser.ViserServer(host=args.host, port=args.port, label="Warp-as-History", verbose=False)
+    server.scene.set_up_direction("-y")
+    server.on_client_connect(lambda client: admit(client, studio, args.token, pages))
+
+    @server.on_client_disconnect
+    def _(client) -> None:
+        if client.client_id in pages:
+            pages.pop(client.client_id).close()
+
+    where = "this machine alone" if args.host in LOCAL else "everybody who reaches this machine, and knows the token"
+    print(f"http://{args.host}:{server.get_port()} for {where}; Ctrl-C ends it")
+    return server, studio, pages
+
+
+def parse(words: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("view.py", usage=argparse.SUPPRESS, allow_abbrev=False,
+                                     description="A page in which a camera is flown, filmed and driven.")
+    parser.add_argument("--host", default="127.0.0.1", help="any other than this one needs --token")
+    parser.add_argument("--port", type=int, default=8080)
+    parser.add_argument("--token", help="a word that the page asks for")
+    mine, rest = parser.parse_known_args(words)
+    args = sample.parse(rest)
+    if args.image is None:
+        vars(args).update({name: sample.DEMO[name] for name in ("image", "depth", "prompt")})
+    return argparse.Namespace(**{**vars(args), "poses": None, **vars(mine)})
+
+
+def run(args: argparse.Namespace) -> None:
+    server, studio, _ = serve(args)
+    try:
+        server.sleep_forever()
+    finally:
+        studio.stopping.set()
+        server.stop()
+
+
+def main(words: list[str] | None = None) -> int:
+    return run_program("view.py", run, parse(sys.argv[1:] if words is None else words))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
