@@ -129,10 +129,11 @@ def test_counts_and_tables(page):
     assert refresh(text) == text, f"{page.name}: run python docs/refresh.py"
 
 
-def test_pages_begin_with_a_question():
-    for page in (ROOT / "docs").glob("*.md"):
-        title = page.read_text(encoding="utf-8").splitlines()[0]
-        assert title.startswith("# ") and title.endswith("?"), page
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_begin_with_a_question_and_are_linked(page):
+    title = page.read_text(encoding="utf-8").splitlines()[0]
+    assert title.startswith("# ") and title.endswith("?")
+    assert f"](docs/{page.name})" in README
 
 
 @pytest.fixture
