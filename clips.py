@@ -214,7 +214,8 @@ def estimate_clip(weights: Path, network: Callable[[], Pi3X], frames: Tensor, pi
 def read_depths(path: Path) -> list[Tensor]:
     """A depth map [h, w] of each frame, from .npy or .npz [T, h, w] or a folder of 16-bit pictures."""
     if path.is_dir():
-        return [media.load_depth(file) for file in sorted(path.iterdir()) if file.suffix.lower() in media.PICTURES]
+        return [media.load_depth(file) for file in sorted(path.iterdir(), key=media.natural_order)
+                if file.suffix.lower() in media.PICTURES]
     arrays = read_arrays(path)
     if len(arrays) != 1 and "depth" not in arrays:
         raise ValueError(f"{path}: arrays {', '.join(sorted(arrays))}, expected one, or one named 'depth'")

@@ -32,6 +32,7 @@ from geometry.camera import (
     inverse,
     move_path,
     normalize,
+    product,
     retime,
     scale_translation,
 )
@@ -44,6 +45,7 @@ from geometry.surface import (
     ensure_valid,
     estimate,
     keep_confident,
+    look_up,
     max_pool,
     median_depth,
     mesh_break,
@@ -219,10 +221,7 @@ def fill_holes(rgb: Tensor, xy: Tensor, visible: Tensor, source: Tensor, radius:
     x, y, count = F.avg_pool2d(seen, side, 1, radius)[0] * side**2  # kept for parity: sums from means, not quite whole
     x, y = x / count, y / count
     hole = ~visible & (count >= min_neighbors) & (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)
-    grid = torch.stack([x / (width - 1) * 2 - 1, y / (height - 1) * 2 - 1], dim=-1)[None]
-    color = F.grid_sample(source, grid, mode="bilinear", padding_mode="border", align_corners=True)
-    color = rearrange(to_u8(color), "1 c h w -> h w c")
-    return torch.where(hole[..., None], color, rgb), visible | hole
+    return rgb.index_put((hole,), to_u8(look_up(source[0], x[hole], y[hole])).T), visible | hole
 
 
 def compose(rgb: Tensor, visible: Tensor, background: Tensor) -> Tensor:
@@ -240,7 +239,7 @@ def render_samples(samples: Samples, source: Geometry, poses: Tensor, settings: 
     picture = rearrange(source.rgb, "h w c -> 1 c h w") / 255
     yield source.rgb, torch.ones_like(source.valid)
     for pose, K in zip(poses[1:], intrinsics[1:]):
-        c2w = source_pose @ pose
+        c2w = product(source_pose, pose)
         rgb, xy, visible = splat(samples, c2w, K, tuple(source.depth.shape))
         if settings.hole_radius:
             rgb, visible = fill_holes(rgb, xy, visible, picture, settings.hole_radius, settings.min_neighbors)

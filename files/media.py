@@ -3,6 +3,7 @@
 Pictures are cropped and resized with Pillow, as the official code does it. Videos are read frame by frame.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from files.video import decode
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".npy"}
+
+
+def natural_order(name: str | Path) -> list[str | int]:
+    """The key that sorts names as people count: 2.png before 10.png."""
+    return [int(part) if index % 2 else part for index, part in enumerate(re.split("([0-9]+)", str(name)))]
 
 
 def open_image(path: str | Path) -> Image.Image:
@@ -82,7 +88,8 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
     """The frames of a video file, an .npy file [T,H,W,3] uint8 or a folder of pictures, one by one: [H,W,3] uint8."""
     path = Path(path)
     if path.is_dir():
-        frames = (np.array(load_image(file)) for file in sorted(path.iterdir()) if file.suffix.lower() in PICTURES)
+        frames = (np.array(load_image(file)) for file in sorted(path.iterdir(), key=natural_order)
+                  if file.suffix.lower() in PICTURES)
     elif path.suffix.lower() == ".npy":
         frames = read_arrays(path)[""]
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:

@@ -6,6 +6,7 @@ turn and travel like the buttons of the official web page, but "up" goes up. Rel
 as officially.
 """
 
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -34,11 +35,18 @@ def homogeneous(poses: Tensor, where: str = "camera poses") -> Tensor:
     return rows if rows.shape[1] == 4 else torch.cat([rows, last], dim=1)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """Matrix products [...,m,k] x [...,k,n], added up term by term: the last bit of the library's product depends on
+    the CPU, and one bit decides which of two equally deep points is seen."""
+    terms = (column[..., None] * row[..., None, :] for column, row in zip(a.unbind(-1), b.unbind(-2)))
+    return functools.reduce(torch.add, terms)
+
+
 def inverse(poses: Tensor) -> Tensor:
     """Rigid inverse of [...,4,4]; wrong for rotations that are not orthonormal (kept for parity)."""
     result = poses.clone()
     result[..., :3, :3] = rotation = poses[..., :3, :3].mT
-    result[..., :3, 3:] = -rotation @ poses[..., :3, 3:]
+    result[..., :3, 3:] = -product(rotation, poses[..., :3, 3:])
     return result
 
 
@@ -46,7 +54,7 @@ def normalize(poses: Tensor, frames: int) -> Tensor:
     """Poses relative to the first, cut or padded with the last one -> [frames,4,4]."""
     poses = homogeneous(poses)
     index = torch.arange(frames, device=poses.device).clamp(max=len(poses) - 1)
-    return (inverse(poses[:1]) @ poses)[index]
+    return product(inverse(poses[:1]), poses)[index]
 
 
 def scale_translation(poses: Tensor, scale: float) -> Tensor:
@@ -80,7 +88,7 @@ def rigid(q: Tensor, translation: Tensor) -> Tensor:
     q = q / q.norm(dim=-1, keepdim=True).clamp(0.99, 1.01)  # files have few digits; `check_poses` refuses worse
     eye = torch.eye(3).to(q)[None]
     cross = torch.linalg.cross(q[:, None, 1:], eye).mT  # times a vector: the cross product with it
-    rotation = (q * q).sum(-1)[:, None, None] * eye + 2 * q[:, :1, None] * cross + 2 * cross @ cross
+    rotation = (q * q).sum(-1)[:, None, None] * eye + 2 * q[:, :1, None] * cross + product(2 * cross, cross)
     return homogeneous(torch.cat([rotation, translation[:, :, None]], dim=-1))
 
 
@@ -94,11 +102,11 @@ def resample(path: CameraPath, frames: int) -> CameraPath:
     index = place.long()
     share = (place - index)[:, None]
     here = c2w[index]
-    step = inverse(here) @ c2w[(index + 1).clamp(max=last)]
+    step = product(inverse(here), c2w[(index + 1).clamp(max=last)])
     q = quaternion(step[:, :3, :3])
     half = share * q[:, :1].clamp(max=1).acos()  # angle
     q = torch.cat([half.cos(), half.sin() * F.normalize(q[:, 1:], dim=-1)], dim=-1)
-    return replace(path, c2w=(here @ rigid(q, share * step[:, :3, 3])).float())
+    return replace(path, c2w=product(here, rigid(q, share * step[:, :3, 3])).float())
 
 
 def retime(path: CameraPath, frames: int | None, fps: float | None, stretch: bool) -> tuple[CameraPath, int, float]:
@@ -166,8 +174,8 @@ def motion(start: Tensor, move: Tensor, progress: Tensor) -> Tensor:
         turn = torch.eye(4, dtype=start.dtype).repeat(len(progress), 1, 1)
         turn[:, a, a], turn[:, a, b] = angle.cos(), -angle.sin()
         turn[:, b, a], turn[:, b, b] = angle.sin(), angle.cos()
-        delta = delta @ turn
-    return start @ delta
+        delta = product(delta, turn)
+    return product(start, delta)
 
 
 def circle(start: Tensor, orbit: Tensor, spiral: Tensor) -> Tensor:
@@ -177,7 +185,7 @@ def circle(start: Tensor, orbit: Tensor, spiral: Tensor) -> Tensor:
     place = torch.stack([radius * turn.cos() + DEPTH * orbit.sin(), radius * turn.sin(), DEPTH * (1 - orbit.cos())], -1)
     z = F.normalize(place.new_tensor([0, 0, DEPTH]) - place, dim=-1)
     x = F.normalize(torch.linalg.cross(place.new_tensor([[0, 1, 0]]), z), dim=-1)
-    return start @ homogeneous(torch.stack([x, torch.linalg.cross(z, x), z, place], dim=-1))
+    return product(start, homogeneous(torch.stack([x, torch.linalg.cross(z, x), z, place], dim=-1)))
 
 
 def parse_move(text: str) -> Tensor:

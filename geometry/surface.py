@@ -58,9 +58,45 @@ def map_size(height: int, width: int) -> tuple[int, int]:
     return geometry_size(height, width, min(PIXEL_LIMIT, 16 * height * width))
 
 
+def fused(total: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
+    """total + factor x, rounded once. Accelerators have it; CPUs have it or not, which double precision makes equal."""
+    if total.device.type == "cpu":
+        return x.double().mul_(factor).add_(total).float()
+    return total.addcmul(x, factor) if isinstance(factor, Tensor) else total.add(x, alpha=factor)
+
+
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """[B,C,h,w] -> [B,C,H,W], bilinear without antialiasing."""
-    return F.interpolate(images, size, mode="bilinear", align_corners=False)
+    """[B,C,h,w] -> [B,C,H,W], bilinear without antialiasing: what torch's `interpolate` gives on a CPU with fused
+    multiply-add, on every CPU."""
+    old = images.shape[-2:]
+    if images.device.type != "cpu" or old == size:
+        return F.interpolate(images, size, mode="bilinear", align_corners=False)
+    if len(images) > 1:
+        return torch.cat([resize(image, size) for image in images.split(1)])
+    step = torch.tensor(old) / torch.tensor(size)  # in single precision, as the places
+    y, x = (((torch.arange(n).double() + 0.5) * s - 0.5).clamp(min=0).float() for n, s in zip(size, step.tolist()))
+    rows, columns = y.long(), x.long()
+    v, u = (y - rows)[:, None], x - columns
+    lower, right = (rows + 1).clamp(max=old[0] - 1), (columns + 1).clamp(max=old[1] - 1)
+    top, bottom = images.index_select(2, rows), images.index_select(2, lower)
+    total = top.index_select(3, right) * ((1 - v) * u)  # the order decides the last bit
+    total = fused(total, top.index_select(3, columns), (1 - v) * (1 - u))
+    total = fused(total, bottom.index_select(3, columns), v * (1 - u))
+    return fused(total, bottom.index_select(3, right), v * u)
+
+
+def look_up(picture: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Colours [3,n] of a picture [3,H,W] between its pixels, at `x` and `y` [n]; bilinear, as by `grid_sample`."""
+    height, width = picture.shape[1:]
+    x, y = ((((at / (n - 1) * 2 - 1) + 1) * ((n - 1) / 2)).clamp(0, n - 1) for at, n in ((x, width), (y, height)))
+    column, row = x.long(), y.long()
+    u, v = x - column, y - row
+    right, down = (column < width - 1).long(), (row < height - 1).long() * width
+    corner, flat = row * width + column, picture.flatten(1)
+    total = flat[:, corner] * ((1 - v) * (1 - u))
+    for offset, weight in ((right, (1 - v) * u), (down, v * (1 - u)), (right + down, v * u)):
+        total = fused(total, flat[:, corner + offset], weight)
+    return total
 
 
 def pinhole(fov_x: float, height: int, width: int) -> Tensor:
@@ -86,9 +122,9 @@ def unproject(depth: Tensor, K: Tensor, c2w: Tensor) -> Tensor:
 
 
 def transform(pose: Tensor, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
-    """Points through a pose. Not a matmul, which may use TF32 on CUDA; `add` with `alpha` is a fused multiply-add and
-    so rounds like the official matrix product, which decides between equally deep samples."""
-    return [(a * x).add_(y, alpha=b).add_(z, alpha=c).add_(t) for a, b, c, t in pose[:3].tolist()]
+    """Points through a pose. Not a matmul, which may use TF32 on CUDA and differs from CPU to CPU, but a chain of fused
+    multiply-adds: so rounds the official matrix product, which decides between equally deep samples."""
+    return [fused(fused(a * x, y, b), z, c).add_(t) for a, b, c, t in pose[:3].tolist()]
 
 
 def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor | None = None) -> Geometry:

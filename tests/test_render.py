@@ -1,17 +1,24 @@
 """The renderer against the official numbers; properties and the preview program."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from goldens import GEOMETRY, check, check_frames, check_share, check_warp, config, only, prefixed, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from known import picture
 from PIL import Image
 
+import memory
 import render
 from files import draw, media
 from geometry import camera, surface
@@ -373,3 +380,37 @@ def test_preview_errors(tmp_path, capsys, arguments, message):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("render.py: error: ") and message in lines[0]
     assert [p.name for p in tmp_path.iterdir()] == ["in.png"]
+
+
+# ---- the same bits on every CPU
+
+
+def fingerprint_of_frames() -> str:
+    """Of depth, warp and keyframes of a demo picture, along a path that turns about every axis."""
+    data = Path(render.__file__).parent / "data"
+    image, depth = media.load_image(data / "plaza.png"), media.load_depth(data / "plaza_depth.png")
+    _, geometry = surface.place(image, depth, 55, (64, 96))
+    path = move_path("forward 3 + yaw 23 + up 1, orbit 31 + roll 4")[::8]
+    poses = camera.normalize(camera.scale_translation(path, 0.1 * surface.median_depth(geometry)), len(path))
+    digest = hashlib.sha256(geometry.points.numpy().tobytes())
+    for frames in (render_frames(geometry, poses), memory.render_keyframes([geometry, geometry], poses)):
+        warp = render.collect(frames, (64, 96))
+        digest.update(warp.frames.numpy().tobytes() + warp.visible.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def test_frames_do_not_depend_on_the_cpu():
+    """Kernels without vector instructions, and so without fused multiply-add, give the same bits."""
+    words = "from test_render import fingerprint_of_frames as f; print(f())"
+    plain = os.environ | {"ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    other = subprocess.run([sys.executable, "-c", words], env=plain, capture_output=True, text=True, check=True)
+    assert other.stdout.strip() == fingerprint_of_frames()
+
+
+def test_resizing_equals_the_library():
+    """Bit for bit where the CPU has fused multiply-add and pictures have three channels; elsewhere the library differs."""
+    generator = torch.Generator().manual_seed(0)
+    for old, new in (((48, 80), (84, 140)), ((392, 644), (384, 640)), ((1, 1), (4, 5)), ((30, 44), (64, 30))):
+        images = torch.rand(2, 3, *old, generator=generator)
+        expected = F.interpolate(images, new, mode="bilinear", align_corners=False)
+        check("Resized maps", surface.resize(images, new), expected, 2e-5)

@@ -81,3 +81,12 @@ def test_bad_depth_files(tmp_path):
                           ("no.npy", "no such")):
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
             media.load_depth(tmp_path / name)
+
+
+def test_names_are_sorted_as_people_count(tmp_path):
+    names = ["a2", "a10", "a10b3", "a11/1", "b1", "b01", "b\u00b2"]
+    assert sorted(reversed(names[:5]), key=media.natural_order) == names[:5]
+    assert sorted(names, key=media.natural_order) == names  # of the same number, as they came
+    for index in range(12):
+        Image.new("RGB", (4, 4), (20 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    assert [frame[0, 0, 0] for frame in media.read_frames(tmp_path)] == [20 * index for index in range(12)]

@@ -215,7 +215,7 @@ def test_binary_text(tmp_path):
 @pytest.mark.parametrize("arrays, message", [
     ({"camera_poses": C2W, "data": C2W, "inds": np.arange(12)}, "more than one layout"),
     ({"w2c": W2C}, "expected one of camera_poses, w2c . intrinsics"),
-    ({"camera_poses": np.array(["x"])}, "expected numbers"), ({"w2c": W2C, "intrinsics": np.eye(4)}, "'intrinsics'"),
+    ({"camera_poses": np.array(["x"])}, "numbers"), ({"w2c": W2C, "intrinsics": np.eye(4)}, "'intrinsics'"),
     ({"w2c": W2C, "intrinsics": np.zeros((3, 3))}, "179"), ({"data": C2W, "inds": np.arange(5)}, "'inds': expected"),
     ({"data": np.ones((12, 4)), "inds": np.arange(12)}, "T,4,4"),
     ({"camera_poses": with_pose(3, lambda p: p * 1.2)}, "frame 3"), ({"camera_poses": np.float32(1)}, "T,4,4"),
