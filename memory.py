@@ -1,8 +1,9 @@
 """The camera of a rollout: geometry that is given and stays (`Camera`), or keyframes estimated anew (`Memory`).
 
 The first chunk's warp is the first frame's alone (render.py). Before a later chunk Pi3X sees the first frame and the
-last one of every chunk so far together. Their focal lengths are smoothed, the scale is aligned with the first estimate
-and all are splatted into the new views, the latest densely; behind them lies a panorama of the keyframes' far pixels.
+last one of every chunk so far together (or the latest `keyframes`). Their focal lengths are smoothed, the scale is
+aligned with the first estimate and all are splatted into the new views, the latest densely; behind them lies a panorama
+of the keyframes' far pixels.
 Both classes are the state of one rollout, the rest are plain functions. Reproduced: the official pipeline's memory,
 also switched off (`keyframes=1`). Left out: target intrinsics, which the official code ignores with Pi3X keyframes.
 """
