@@ -3,8 +3,8 @@
 The video model is conditioned on how the first frame would look from the new cameras (pseudo-history). Here are dense
 samples of the surface that geometry/surface.py makes of Pi3X's points or a depth map, the z-buffer splat and the
 filling of pinholes: the same 8-bit frames as the official CPU renderer, on CPU and CUDA, deterministic. As a program
-it previews a camera path. Left out: several keyframes and their background, which are in memory.py. Conventions: camera-to-world, OpenCV
-axes (x right, y down, z forward), pixel centres at integers, K in pixels.
+it previews a camera path. Left out: several keyframes and their background, which are in memory.py. Conventions:
+camera-to-world, OpenCV axes (x right, y down, z forward), pixel centres at integers, K in pixels.
 """
 
 import argparse

@@ -19,7 +19,7 @@ from files.settings import parse_settings
 
 PAGES = [*PAGES, ROOT / "weights/README.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = "sample", "train", "render", "bench", "mini.ablate", "mini.geometry", "mini.pretrain", "mini.world"
+PROGRAMS = "sample", "train", "view", "render", "bench", "mini.ablate", "mini.geometry", "mini.pretrain", "mini.world"
 SETTINGS = {"sample": sample.Settings(), "train": train.Recipe()}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -47,19 +47,26 @@ class Parsed(Exception):
     """A program has read its words; it goes no further."""
 
 
-def parse(program: str, words: list[str], monkeypatch) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """What a program's own parser makes of the words; SystemExit if it refuses them."""
-    seen, real = [], argparse.ArgumentParser.parse_args
+def parse(program: str, words: list[str]) -> tuple[list[argparse.ArgumentParser], argparse.Namespace]:
+    """A program's own parsers, and what they make of the words; SystemExit if they refuse them."""
+    parsers, result = [], []
+    some, all_of = argparse.ArgumentParser.parse_known_args, argparse.ArgumentParser.parse_args
 
-    def read(parser, *given):
-        seen.append((parser, real(parser, words)))
+    def read_some(parser, *given):
+        parsers.append(parser)
+        return some(parser, *given)
+
+    def read_all(parser, *given):
+        result.append(all_of(parser, *given))
         raise Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", read)
-    with pytest.raises(Parsed):
-        import_module(program).main()
-    monkeypatch.undo()
-    return seen[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", read_some)
+        patch.setattr(argparse.ArgumentParser, "parse_args", read_all)
+        patch.setattr("sys.argv", [program, *words])
+        with pytest.raises(Parsed):
+            import_module(program).main()
+    return parsers, result[0]
 
 
 def split(words: list[str]) -> tuple[str, list[str]]:
@@ -70,21 +77,20 @@ def split(words: list[str]) -> tuple[str, list[str]]:
 
 
 @each_page
-def test_commands_parse(page, monkeypatch):
+def test_commands_parse(page):
     for words in commands(page.read_text(encoding="utf-8")):
         program, rest = split(words)
         assert program in PROGRAMS, words
-        _, args = parse(program, rest, monkeypatch)
+        _, args = parse(program, rest)
         if program in SETTINGS:
             parse_settings(args.set, SETTINGS[program])
 
 
 @cache
 def option_names() -> set[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        required = {"train": ["--video", "x"], "render": ["--image", "x", "--move", "hold"], "mini.geometry": ["train"],
-                    "mini.pretrain": ["dit"]}
-        parsers = [parse(program, required.get(program, []), patch)[0] for program in PROGRAMS]
+    required = {"train": ["--video", "x"], "render": ["--image", "x", "--move", "hold"], "mini.geometry": ["train"],
+                "mini.pretrain": ["dit"]}
+    parsers = [parser for program in PROGRAMS for parser in parse(program, required.get(program, []))[0]]
     return {option for parser in parsers for action in parser._actions for option in action.option_strings}
 
 
@@ -153,9 +159,8 @@ QUICK = {"sample": ["--weights", str(ROOT / "weights/mini"), "--size", SIZE, "--
 
 
 def test_readme_commands_run(desk, capsys):
-    """All of them in order, on the miniature, a few frames or steps of each."""
-    for words in commands(README):
-        program, rest = split(words)
+    """All of them in order but the page, on the miniature, a few frames or steps of each."""
+    for program, rest in filter(lambda call: call[0] in QUICK, map(split, commands(README))):
         assert import_module(program).main(rest + QUICK[program] * bool(rest)) == 0, capsys.readouterr().err
     for name in ("out.mp4", "room.mp4", "room_sheet.png", "runs/car/lora.safetensors", "runs/lora/lora.safetensors"):
         assert Path(name).is_file(), name
