@@ -31,6 +31,7 @@ from files.checkpoint import weight_files
 from files.cli import Parser, existing, parse_size, run_program
 from files.draw import save_png
 from files.machine import check_device, default_device, network_dtype, peak_memory
+from files.measure import steadiness
 from files.media import VIDEOS, fit_image, load_depth, load_image, load_video, read_frames, read_mask, to_frames
 from files.output import Output
 from files.settings import parse_settings, require
@@ -68,7 +69,7 @@ class Settings(Options):
     keyframes: int | None = None
     fov: float | None = None  # the picture's horizontal degrees; none: the path file's, or 55
     resample: bool = False  # stretches or squeezes the path to --frames or --fps, instead of cutting or holding it
-    check: bool = False  # measures with Pi3X how well the video follows: out_check.json
+    check: bool = False  # measures seams, drift and, with Pi3X, the camera of the video: out_check.json
     latents: Path | None = None  # also writes the latents (.safetensors, key `latents`)
     compile: bool = False  # torch.compile the transformer: slow to begin, faster then
     device: str = default_device()  # cpu, cuda or cuda:N; none given: cuda if there is one
@@ -221,7 +222,7 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
     """Settings that would do nothing in this run are refused."""
     set_here = {word.partition("=")[0] for word in args.set}
     needs = ({name: (path, "a camera path: --poses or --move") for name in
-              ("geometry", "keyframes", "fov", "resample", "check")}
+              ("geometry", "keyframes", "fov", "resample")}
              | {name: (path or args.warp is not None, "a camera: --poses, --move or --warp") for name in
                 ("align", "drop", "threshold", "warp_noise", "warp_sigma", "previous", "mask_lag")})
     for name in sorted(set_here & needs.keys()):
@@ -257,8 +258,6 @@ def open_pi3x(args: argparse.Namespace, settings: Settings,
               frames: int) -> tuple[Path | None, Callable[[], Pi3X] | None]:
     """The geometry network of a run along a path, where it is needed and there is one."""
     file = find_pi3x(settings.geometry, args.weights)
-    if settings.check and file is None:
-        raise ValueError("--set check: needs Pi3X: --set geometry=PATH")
     if file is None or args.depth is not None and not settings.check:
         return None, None
     often = args.depth is None and frames > WINDOW
@@ -363,6 +362,14 @@ def check_camera(pi3x: Pi3X, video: Path, path: CameraPath) -> dict:
     return path_error(estimated, wanted)
 
 
+def measure(job: Job, video: Path) -> dict[str, float]:
+    """Seams and drift of the finished video, and, where Pi3X is at hand, how far its camera is from the path."""
+    found = steadiness(read_frames(video))
+    if job.pi3x is not None and job.path is not None:
+        found |= check_camera(job.pi3x(), video, job.path)
+    return found
+
+
 # What can be another in a run that goes on; all else is what the video depends on.
 FREE = {"out", "resume", "memory", "words", "set", "latents", "check", "compile", "device"}
 
@@ -444,10 +451,10 @@ def run(args: argparse.Namespace) -> None:
             save_png(files["sheet"], output.sheet())
             if "latents" in files:
                 files["latents"].write_bytes(save({"latents": output.latents(rollout.given)}))
-            if "check" in files and job.pi3x is not None and job.path is not None:
-                error = check_camera(job.pi3x(), files["video"], job.path)
-                files["check"].write_text(json.dumps(error, indent=1) + "\n")
-                print("camera check: " + ", ".join(f"{name} {value:.4g}" for name, value in error.items()))
+            if "check" in files:
+                found = measure(job, files["video"])
+                files["check"].write_text(json.dumps(found, indent=1) + "\n")
+                print("check: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
     print(f"wrote {output.count} frames:", *outputs.values())
 
 

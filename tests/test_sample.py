@@ -126,9 +126,9 @@ def test_geometry_from_the_picture_alone(place, capsys):
     words = ["--image", "image.png", "--move", "forward 1, right 1", "--frames", "40", "--set", "check=true"]
     assert sample(*words, weights=weights) == 0
     out = capsys.readouterr().out
-    assert "Pi3X of" in out and "camera check: frames 10" in out
+    assert "Pi3X of" in out and "check: color_drift" in out and "frames 10" in out
     error = json.loads((place / "out_check.json").read_text())
-    assert error["frames"] == 10 and 0 <= error["rotation_degrees"] <= 180 and error["translation"] >= 0
+    assert error["seam"] > 0 and error["frames"] == 10 and 0 <= error["rotation_degrees"] <= 180 and error["translation"] >= 0
     assert len(read("out.mp4")) == len(read("out_warp.mp4")) == 40
 
 
@@ -442,8 +442,6 @@ LED = ["--image", "image.png", "--move", "forward 1"]
     (LED + ["--set", "geometry=none.safetensors"], ["none.safetensors"]),
     (LED + ["--set", f"geometry={LORA}"], ["lora_prefix", "missing"]),
     (LED + PI3X + ["--set", "keyframes=0"], ["keyframes"]),
-    (LED + ["--set", "check=true"], ["check", "Pi3X"]),
-    (["--image", "image.png", "--set", "check=true"], ["check", "camera path"]),
     (["--image", "image.png", "--poses", "mask.npy"], ["mask.npy", ".json"]),
     (LED + ["--set", "device=cuda:77"], ["cuda:77"]),
 ])
