@@ -437,7 +437,8 @@ class Helios(Network):
     def set_lora(self, lora: Lora | None) -> None:
         """Attach a LoRA to its layers, or detach whatever is attached (None). Raises ValueError naming each misfit."""
         layers = {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
-        adapters = lora.adapters if lora is not None else {}
+        flat = {name.replace(".", "_"): name for name in layers}  # kohya's names
+        adapters = {flat.get(name, name): adapter for name, adapter in (lora.adapters if lora else {}).items()}
         problems = [f"no layer {name}" for name in adapters if name not in layers]
         for name, (down, up, _) in adapters.items():
             expected = list(layers[name].weight.shape) if name in layers else None

@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from files.checkpoint import weight_files
+from files.checkpoint import build, weight_files
 from files.cli import Parser, existing, parse_size, run_program
 from files.draw import save_png
 from files.machine import check_device, default_device, network_dtype, peak_memory
@@ -243,7 +243,9 @@ def load_settings(args: argparse.Namespace) -> Settings:
 
 def choose_lora(args: argparse.Namespace, settings: Settings, led: bool = True) -> Lora | None:
     file = find_lora(args.lora, args.weights, led)
-    return None if file is None else load_lora(file, settings.device, network_dtype(settings.device))
+    lora = None if file is None else load_lora(file, settings.device, network_dtype(settings.device))
+    build(Helios, args.weights / "transformer").set_lora(lora)  # of another model: refused before weights are read
+    return lora
 
 
 def choose_size(args: argparse.Namespace) -> tuple[int, int]:

@@ -223,7 +223,13 @@ class Rollout:
             raise ValueError(f"frames of {video.shape[-2]}x{video.shape[-1]}, expected {self.size[0]}x{self.size[1]}")
         vae = self.models.vae
         mean, logvar = vae.encode(video.to(self.device))
-        return vae.normalize(vae.sample(mean, logvar, self.normal(mean.shape[2])))
+        latents = vae.normalize(vae.sample(mean, logvar, self.normal(mean.shape[2])))
+        return self.finite(latents, "encoded pictures")
+
+    def finite(self, x: Tensor, what: str) -> Tensor:
+        if not x.isfinite().all():
+            raise ValueError(f"chunk {self.chunk + 1}: {what} are not finite; are the VAE's weights damaged?")
+        return x
 
     def zeros(self, frames: int) -> Tensor:
         channels, height, width = self.latent_shape
@@ -348,7 +354,8 @@ class Rollout:
             led = None if warp is None else self.warp_history(warp)
             amplify = self.options.amplify_first_chunk and self.chunk == 0
             latents = sample(lambda stage, shape: self.velocity_for(stage, shape, led, native), noise,
-                             self.models.schedule, self.options.steps, self.generator, amplify)
+                             self.models.schedule, self.options.steps, self.generator, amplify,
+                             where=f"chunk {self.chunk + 1}: ")
             return self.finish(latents, warp)
         except BaseException:
             self.restore(before)
@@ -365,9 +372,9 @@ class Rollout:
         self.native = torch.cat([self.native, latents], dim=2)[:, :, -sum(BANDS):]
         earlier = torch.cat([self.earlier, latents], dim=2)
         self.earlier = earlier[:, :, max(earlier.shape[2] - sum(self.options.previous), 0):]
-        self.chunk += 1
         vae = self.models.vae
-        frames = vae.decode(vae.denormalize(latents))
+        frames = self.finite(vae.decode(vae.denormalize(latents)), "decoded frames")
+        self.chunk += 1
         if self.camera is not None:
             self.camera.remember(frames[:, :, -1])
         return Chunk(frames, latents, warp)

@@ -232,10 +232,11 @@ def renoise(x: Tensor, schedule: Schedule, stage: int, generator: torch.Generato
 
 
 def sample(velocity_for: Callable[[int, torch.Size], Velocity], noise: Tensor, schedule: Schedule, steps: list[int],
-           generator: torch.Generator, amplify: bool = False) -> Tensor:
+           generator: torch.Generator, amplify: bool = False, where: str = "") -> Tensor:
     """One chunk of latents from full-size float32 noise, both [1, C, T, h, w], in `steps[i]` steps at stage i.
 
-    `velocity_for(stage, shape)` is called once as a stage begins. ValueError if `steps` or the size doesn't fit."""
+    `velocity_for(stage, shape)` is called once as a stage begins. ValueError if `steps` or the size doesn't fit,
+    and, beginning with `where`, if a stage ends with numbers that are not finite."""
     if len(steps) != schedule.stages or min(steps) < 1:
         raise ValueError(f"steps per stage are {steps}, expected {schedule.stages} numbers of at least 1")
     sampler = {"dmd": dmd, "euler": euler, "unipc": partial(
@@ -250,6 +251,9 @@ def sample(velocity_for: Callable[[int, torch.Size], Velocity], noise: Tensor, s
         if schedule.stages > 1:  # kept for parity: the pyramid hands the network whole timesteps, one stage doesn't
             times = [float(int(t)) for t in times]
         x = sampler(velocity_for(stage, x.shape), x, times, sigmas)
+        if not x.isfinite().all():  # once a stage, as this waits for the device
+            raise ValueError(f"{where}after stage {stage + 1} of {schedule.stages} ({len(times)} steps) the latents are"
+                             " not finite; are the weights or the LoRA damaged?")
     return x
 
 

@@ -97,7 +97,12 @@ def embed_prompts(weights: Path, prompts: Iterable[str], device: torch.device | 
     tokenizer = Tokenizer(weights / "tokenizer")
     encoder = load_network(UMT5Encoder, weights / "text_encoder", device, memory)
     rows = read_index(weights).max_sequence_length
-    return {prompt: encode_prompt(tokenizer, encoder, prompt, rows) for prompt in prompts}
+    embedded = {prompt: encode_prompt(tokenizer, encoder, prompt, rows) for prompt in prompts}
+    for prompt, rows in embedded.items():
+        if not rows.isfinite().all():
+            raise ValueError(f"{weights / 'text_encoder'}: the embedding of {prompt[:60]!r} is not finite; are the"
+                             " weights damaged?")
+    return embedded
 
 
 def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device: torch.device | str,

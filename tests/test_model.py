@@ -312,7 +312,7 @@ def test_bad_loras_name_what_is_wrong(tmp_path, helios):
     other = f".{helios.config.num_layers}."
     assert f"blocks{other}attn1.to_q" in complaint({name.replace(".0.", other, 1): x for name, x in good.items()})
     assert "blocks.0.attn1.to_q" in complaint({name: value for name, value in good.items() if name != key})
-    assert "alpha" in complaint(good | {"blocks.0.attn1.to_q.alpha": torch.ones(1, 1)})
+    assert "alpha" in complaint(good | {"blocks.0.attn1.to_q.alpha": torch.ones(2)})
     assert "bad.pt" in complaint({"peft": [1, 2]}, "bad.pt")
     assert "bad.pt" in complaint(helios.config, "bad.pt")  # a pickled object is refused, not run
     assert helios.blocks[0].attn1.to_q.adapter is None, "a refused LoRA must not stay attached"
