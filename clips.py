@@ -141,7 +141,7 @@ def find_video(name: str) -> Path:
 
 def read_sources(videos: list[str], prompts: list[str]) -> list[Source]:
     """Videos and what they show: as given, one prompt for each or one for all, or from a csv file."""
-    if len(videos) == 1 and videos[0].endswith(".csv"):
+    if len(videos) == 1 and videos[0].lower().endswith(".csv"):
         if prompts:
             raise ValueError(f"--prompt: the prompts are in {videos[0]}")
         return read_csv(Path(videos[0]))
@@ -154,21 +154,30 @@ def read_sources(videos: list[str], prompts: list[str]) -> list[Source]:
 
 def read_csv(path: Path) -> list[Source]:
     """Columns `video` (a path beside the file, or as for --video) and `prompt`; others are ignored."""
+    sources, columns = [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            rows, columns = list(reader), reader.fieldnames or []
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable csv file ({error})") from None
-    if not {"video", "prompt"} <= set(columns) or not rows:
-        raise ValueError(f"{path}: columns {columns} and {len(rows)} rows, expected columns video and prompt and a row")
-    sources = []
-    for number, row in enumerate(rows, start=1):
-        if not row["video"] or row["prompt"] is None:
-            raise ValueError(f"{path}, row {number}: video {row['video']!r}, prompt {row['prompt']!r}, expected both")
-        near = path.parent / row["video"]
-        sources.append(Source(near if near.exists() else find_video(row["video"]), row["prompt"]))
+            reader = csv.DictReader(file, strict=True)
+            columns = reader.fieldnames or []
+            for row in reader if {"video", "prompt"} <= set(columns) else ():
+                sources.append(read_row(path, columns, row))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: not a readable csv file, expected text in UTF-8") from None
+    except (csv.Error, ValueError) as error:
+        raise ValueError(f"{path}, row {len(sources) + 1}: {error}") from None
+    if not sources:
+        raise ValueError(f"{path}: columns {columns}, expected video and prompt, and at least one row")
     return sources
+
+
+def read_row(path: Path, columns: list[str], row: dict) -> Source:
+    if None in row:
+        raise ValueError(f"{len(columns) + len(row[None])} fields, expected {len(columns)}; a prompt with a comma is"
+                         ' written in quotes, "so, as here"')
+    if not row["video"] or row["prompt"] is None:
+        raise ValueError(f"video {row['video']!r}, prompt {row['prompt']!r}, expected both")
+    near = path.parent / row["video"]
+    return Source(near if near.exists() else find_video(row["video"]), row["prompt"])
 
 
 def read_frames(path: Path, size: tuple[int, int]) -> Tensor:
@@ -214,8 +223,7 @@ def estimate_clip(weights: Path, network: Callable[[], Pi3X], frames: Tensor, pi
 def read_depths(path: Path) -> list[Tensor]:
     """A depth map [h, w] of each frame, from .npy or .npz [T, h, w] or a folder of 16-bit pictures."""
     if path.is_dir():
-        return [media.load_depth(file) for file in sorted(path.iterdir(), key=media.natural_order)
-                if file.suffix.lower() in media.PICTURES]
+        return [media.load_depth(file) for file in media.list_pictures(path)]
     arrays = read_arrays(path)
     if len(arrays) != 1 and "depth" not in arrays:
         raise ValueError(f"{path}: arrays {', '.join(sorted(arrays))}, expected one, or one named 'depth'")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from files.cli import existing, parse_size, run_program
 from files.draw import contact_sheet, evenly_spaced, plan, save_ply, save_png
-from files.media import fit_image, load_depth, load_image, resize_frames, to_u8
+from files.media import fit_image, load_depth, load_image, resize_frame, to_u8
 from files.video import VideoWriter, try_encoder
 from files.writing import beside, replacing
 from geometry.camera import (
@@ -288,7 +288,8 @@ def render(geometry: Geometry, poses: Tensor, size: tuple[int, int], settings: R
 def make_warp(frames: np.ndarray, mask: np.ndarray | None, size: tuple[int, int]) -> Warp:
     """A warp from pictures: `frames` [T, h, w, 3] uint8; `mask` [T', h', w'] in 0..1, None for all visible. Resized
     as the official code does it: frames with Pillow's bilinear filter, the mask trilinearly, so also in time."""
-    video = rearrange(torch.from_numpy(resize_frames(frames, size)), "t h w c -> 1 c t h w") / 255 * 2 - 1
+    frames = np.stack([resize_frame(frame, size) for frame in frames])
+    video = rearrange(torch.from_numpy(frames), "t h w c -> 1 c t h w") / 255 * 2 - 1
     if mask is None:
         return Warp(video, torch.ones_like(video[:, :1]))
     return Warp(video, resize_volume(torch.from_numpy(mask).float()[None, None], video.shape[2:]))

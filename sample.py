@@ -32,7 +32,7 @@ from files.cli import Parser, existing, parse_size, run_program
 from files.draw import save_png
 from files.machine import check_device, default_device, network_dtype, peak_memory
 from files.measure import steadiness
-from files.media import VIDEOS, fit_image, load_depth, load_image, load_video, read_frames, read_mask, to_frames
+from files.media import fit_image, is_video, load_depth, load_image, read_frames, read_mask, resize_frame, to_frames
 from files.output import Output
 from files.settings import parse_settings, require
 from files.video import try_encoder
@@ -139,7 +139,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Start:
-    """What a rollout starts from: an image [1, 3, H, W], with a camera or not, or a video [1, 3, T, H, W], or
+    """What a rollout starts from: an image [1, 3, H, W], with a camera or not, or a video [1, 3, T, H, W] uint8, or
     nothing."""
 
     image: Tensor | None = None
@@ -176,16 +176,15 @@ def pose_chunks(c2w: Tensor, frames: int) -> Iterator[Control]:
 
 def warp_chunks(warp: Path, mask: Path | None, frames: int, size: tuple[int, int]) -> Iterator[Control]:
     """Warps by the chunk, read as they are needed; the last frame holds to the end of the last chunk."""
-    pictures = read_frames(warp)
+    pictures = (resize_frame(frame, size) for frame in read_frames(warp))  # at once: 33 of a large size are gigabytes
     masks = None if mask is None else read_mask(mask)
 
-    def take(stream: Iterator[np.ndarray], count: int) -> np.ndarray:
-        taken = list(islice(stream, count))
+    def take(stream: Iterator[np.ndarray]) -> np.ndarray:
+        taken = list(islice(stream, WINDOW))  # also beyond `frames`, which cut the output alone
         return np.stack(taken + taken[-1:] * (WINDOW - len(taken)))
 
-    for start in range(0, frames, WINDOW):
-        count = min(WINDOW, frames - start)
-        yield Control(warp=make_warp(take(pictures, count), None if masks is None else take(masks, count), size))
+    for _ in range(0, frames, WINDOW):
+        yield Control(warp=make_warp(take(pictures), None if masks is None else take(masks), size))
 
 
 def count_warp(warp: Path, mask: Path | None, asked: int | None) -> int:
@@ -291,11 +290,17 @@ def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, in
     return Start(image=image, camera=camera)
 
 
+def start_picture(path: Path, size: tuple[int, int]) -> Start:
+    """Without a camera: a picture that is stretched to `size`, or a video."""
+    return start_video(path, size) if is_video(path) else Start(fit_image(load_image(path), size, crop=False))
+
+
 def start_video(path: Path, size: tuple[int, int]) -> Start:
-    video = make_warp(load_video(path), None, size).frames
-    if video.shape[2] < WINDOW:
-        raise ValueError(f"{path}: fewer than the {WINDOW} frames that a video to be continued needs")
-    return Start(video=video)
+    """Frames are resized as they are read: a long video of a large size would not fit in memory."""
+    frames = np.stack([resize_frame(frame, size) for frame in read_frames(path)])
+    if len(frames) < WINDOW:
+        raise ValueError(f"{path}: {len(frames)} frames, expected at least {WINDOW} of a video to be continued")
+    return Start(video=rearrange(torch.from_numpy(frames), "t h w c -> 1 c t h w"))
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -318,11 +323,10 @@ def prepare(args: argparse.Namespace) -> Job:
     elif args.warp is not None:
         warp, mask = args.warp[0], args.warp[1] if len(args.warp) > 1 else None
         frames = count_warp(warp, mask, args.frames)
-        start = Start(image=fit_image(load_image(args.image), size, crop=False))
+        start = Start(fit_image(load_image(args.image), size, crop=False))
         controls = warp_chunks(warp, mask, frames, size)
     elif args.image is not None:
-        video = args.image.is_dir() or args.image.suffix.lower() in VIDEOS
-        start = start_video(args.image, size) if video else Start(fit_image(load_image(args.image), size, crop=False))
+        start = start_picture(args.image, size)
     if not led:
         controls = (Control() for _ in range(-(-frames // WINDOW)))
     return Job(settings, size, frames, fps, start, controls, led, lora, path, file, pi3x)

@@ -174,9 +174,9 @@ class Rollout:
                  image: Tensor | None = None, video: Tensor | None = None, camera: Camera | Memory | None = None,
                  lora: Lora | None = None, options: Options = Options(),
                  on_step: Callable[[int, int, int], None] | None = None):
-        """image [1, 3, H, W] or video [1, 3, T, H, W] (at least 33 frames) in [-1, 1]; `generator` on the CPU;
-        `on_step` is told (chunk, stage, step) before each step. Raises ValueError if the size does not suit the
-        schedule."""
+        """image [1, 3, H, W] or video [1, 3, T, H, W] (at least 33 frames) in [-1, 1], the video also as uint8;
+        `generator` on the CPU; `on_step` is told (chunk, stage, step) before each step. Raises ValueError if the size
+        does not suit the schedule."""
         multiple = size_multiple(models.schedule)
         if any(side % multiple or side <= 0 for side in size):
             raise ValueError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
@@ -222,7 +222,8 @@ class Rollout:
         if tuple(video.shape[-2:]) != self.size:
             raise ValueError(f"frames of {video.shape[-2]}x{video.shape[-1]}, expected {self.size[0]}x{self.size[1]}")
         vae = self.models.vae
-        mean, logvar = vae.encode(video.to(self.device))
+        video = video.to(self.device)
+        mean, logvar = vae.encode(video / 255 * 2 - 1 if video.dtype == torch.uint8 else video)
         latents = vae.normalize(vae.sample(mean, logvar, self.normal(mean.shape[2])))
         return self.finite(latents, "encoded pictures")
 

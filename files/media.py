@@ -1,49 +1,144 @@
 """Pictures, depth maps and videos into memory, and the one way back to 8 bit.
 
-Pictures are cropped and resized with Pillow, as the official code does it. Videos are read frame by frame.
+What a file is, is told by its content. Pictures come upright, in sRGB, over white, and are cropped and resized with
+Pillow, as the official code does it. Videos are read frame by frame.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps, ImageSequence
 from torch import Tensor
 
 from files.arrays import read_arrays
-from files.video import decode
+from files.cli import note
+from files.video import check_pixels, decode
 
-PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
-VIDEOS = {".mp4", ".mov", ".mkv", ".webm", ".avi", ".npy"}
+try:
+    from pillow_heif import register_heif_opener
+except ImportError:
+    pass
+else:
+    register_heif_opener()
+
+Image.MAX_IMAGE_PIXELS = None  # `check_pixels` has the limit
+# What Pillow may read: none that starts another program. A file without a mark of its own, .tga, is tried last.
+FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "QOI", "DDS",
+           "ICO", "PCX", "SGI", "TGA"]
+# Names of pictures, for those that can't be read.
+PICTURES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".heic", ".heif", ".gif", ".tif", ".tiff", ".bmp",
+            ".ppm", ".pgm", ".jp2", ".qoi", ".tga", ".exr", ".svg", ".dng"}
+HIDDEN = {"thumbs.db", "desktop.ini"}  # and all that begin with a dot
 
 
 def natural_order(name: str | Path) -> list[str | int]:
     """The key that sorts names as people count: 2.png before 10.png."""
-    return [int(part) if index % 2 else part for index, part in enumerate(re.split("([0-9]+)", str(name)))]
+    parts = re.split("([0-9]+)", str(name).casefold())
+    return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 
-def open_image(path: str | Path) -> Image.Image:
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+@cache
+def readable_formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def is_picture(path: Path) -> bool:
+    """By its content; one that is damaged by its name."""
+    try:
+        Image.open(path, formats=readable_formats()).close()
+    except Exception:  # Pillow's own are of many kinds
+        return path.suffix.lower() in PICTURES
+    return True
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[Image.Image]:
+    """A picture's file, its size checked; what Pillow raises in the block is one clear ValueError."""
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such picture file")
     try:
-        with Image.open(path) as image:
-            image.load()
-            return image
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: not a readable picture ({error})") from None
+        with Image.open(path, formats=readable_formats()) as image:
+            check_pixels(*image.size)
+            yield image
+    except Exception as error:  # as above
+        with open(path, "rb") as file:
+            heic = re.match(b"....ftyp(hei|hev|mif1|msf1)", file.read(12), re.DOTALL)
+        reason = "HEIC is read with the package pillow-heif: pip install pillow-heif" if heic else error
+        raise ValueError(f"{path}: not a readable picture ({reason})") from None
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The first picture of a file, as it is stored, but upright."""
+    with opened(path) as image:
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # a phone's: a second view, or a small one
+            note(f"{path}: has several pictures, the first is used")
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return image
+
+
+def open_animation(path: str | Path) -> Iterator[Image.Image]:
+    with opened(path) as image:
+        for each in ImageSequence.Iterator(image):
+            yield each.copy()
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """An RGB picture; transparency is dropped, 16-bit gray scaled to 8 bit."""
-    image = open_image(path)
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-    elif image.mode == "F":
+    """A picture as RGB in sRGB, upright, over white; of an animation the first one."""
+    return to_rgb(open_image(path), path)
+
+
+def to_rgb(image: Image.Image, path: str | Path) -> Image.Image:
+    if image.mode == "F":
         raise ValueError(f"{path}: a picture of 32-bit floats, expected 8 or 16 bit")
-    return image.convert("RGB")
+    profile = image.info.get("icc_profile") if image.mode != "LAB" else None  # Pillow itself converts that
+    if image.mode.startswith("I"):
+        image = to_8_bit(image)
+    if image.has_transparency_data:
+        image = flatten(image, path)
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    return to_srgb(image, profile, path) if profile else image.convert("RGB")
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    levels = np.asarray(image)
+    strips = np.array_split(levels, 1 + levels.size // 10**6)  # in one piece it would take much memory
+    return Image.fromarray(np.concatenate([(strip.clip(0, 65535) / 257).round().astype(np.uint8) for strip in strips]))
+
+
+def flatten(image: Image.Image, path: str | Path) -> Image.Image:
+    """Over white: what lies hidden under transparency is no part of the picture."""
+    image = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
+    if image.getextrema()[-1][0] < 255:
+        note(f"{path}: has transparency, taken over white")
+    ground = Image.new(image.mode[:-1], image.size, "white")
+    ground.paste(image, mask=image)
+    return ground
+
+
+def to_srgb(image: Image.Image, profile: bytes, path: str | Path) -> Image.Image:
+    """By its ICC profile. sRGB itself is left as it is, to the bit."""
+    try:
+        source = ImageCms.ImageCmsProfile(BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image.convert("RGB")
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError) as error:
+        note(f"{path}: its colour profile can't be used ({error}); the colours are taken for sRGB")
+        return image.convert("RGB")
 
 
 def fit_image(image: Image.Image, size: tuple[int, int], crop: bool = True) -> Tensor:
@@ -66,7 +161,7 @@ def kept_share(image: Image.Image, size: tuple[int, int]) -> tuple[float, float]
 
 def load_depth(path: str | Path) -> Tensor:
     """A depth map [h,w] float32, z in any unit: .npy, .npz (its only array, or `depth`) or a 16-bit picture."""
-    if Path(path).suffix.lower() in PICTURES:
+    if is_picture(Path(path)):
         image = open_image(path)
         if not image.mode.startswith(("I", "F")):
             raise ValueError(f"{path}: a picture of mode {image.mode}, expected 16-bit gray depth")
@@ -84,16 +179,40 @@ def load_depth(path: str | Path) -> Tensor:
     return depth
 
 
+# ------------------------------------------------------------------------------------------------------------- videos
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The pictures of a folder in natural order; hidden files are passed over, and others with a word."""
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    files = [file for file in files if not file.name.startswith(".") and file.name.lower() not in HIDDEN]
+    pictures = [file for file in sorted(files, key=natural_order) if is_picture(file)]
+    if others := sorted({file.name for file in files} - {file.name for file in pictures}):
+        note(f"{folder}: no pictures, and passed over: {', '.join(others[:5])}" + " ..." * (len(others) > 5))
+    stems = Counter(re.sub("[-_. ]?mask$", "", file.stem.casefold()) for file in pictures)
+    if twins := [stem for stem, count in stems.items() if count > 1]:
+        raise ValueError(f"{folder}: {len(twins)} names with more than one picture, the first is {twins[0]!r}; frames"
+                         " and masks belong in folders of their own")
+    return pictures
+
+
+def is_video(path: Path) -> bool:
+    """A folder of pictures, an array, or a file that is not one picture."""
+    return path.is_dir() or path.is_file() and not is_picture(path)
+
+
 def read_frames(path: str | Path) -> Iterator[np.ndarray]:
-    """The frames of a video file, an .npy file [T,H,W,3] uint8 or a folder of pictures, one by one: [H,W,3] uint8."""
+    """The frames of a video file, an animation, an .npy file [T,H,W,3] uint8 or a folder of pictures, one by one:
+    [H,W,3] uint8."""
     path = Path(path)
     if path.is_dir():
-        frames = (np.array(load_image(file)) for file in sorted(path.iterdir(), key=natural_order)
-                  if file.suffix.lower() in PICTURES)
+        frames = (np.array(load_image(file)) for file in list_pictures(path))
     elif path.suffix.lower() == ".npy":
         frames = read_arrays(path)[""]
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
             raise ValueError(f"{path}: array of shape {frames.shape}, type {frames.dtype}, expected [T,H,W,3] uint8")
+    elif path.is_file() and is_picture(path):
+        frames = (np.array(to_rgb(image, path)) for image in open_animation(path))
     else:
         frames = decode(path)
     shape = None
@@ -126,12 +245,11 @@ def read_mask(path: str | Path) -> Iterator[np.ndarray]:
     yield from (frame.astype(np.float32) / scale for frame in array)
 
 
-def resize_frames(frames: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """[T,h,w,3] uint8 at `size` (height, width), with Pillow's bilinear filter."""
-    if frames.shape[1:3] == size:
-        return frames
-    resized = (Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR) for frame in frames)
-    return np.stack([np.asarray(frame) for frame in resized])
+def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """[h,w,3] uint8 at `size` (height, width), with Pillow's bilinear filter."""
+    if frame.shape[:2] == size:
+        return frame
+    return np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def to_u8(images: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from files.cli import note
 
-MAX_PIXELS = 10**8  # of one picture or frame: what is read from a small file stays below 1 GiB
+MAX_PIXELS = 8192**2  # of one picture or frame: a small file never takes more than 1 GiB
 PQ, HLG, BT709 = 16, 18, 1  # numbers of ITU-T H.273
 logging.getLogger("libav").addHandler(logging.NullHandler())  # what ffmpeg says comes with its errors
 TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]])  # BT.2087
@@ -39,11 +39,11 @@ def decode(path: Path) -> Iterator[np.ndarray]:
         with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
             streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
             if not streams:
-                raise ValueError(f"{path}: holds no video")
-            check_pixels(path, streams[0].codec_context.width, streams[0].codec_context.height)
+                raise ValueError("there is none in it")
+            check_pixels(streams[0].codec_context.width, streams[0].codec_context.height)
             yield from decode_stream(path, container, streams[0])
-    except av.FFmpegError as error:
-        raise ValueError(f"{path}: not a readable video ({error.strerror})") from None
+    except (av.FFmpegError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable video ({getattr(error, 'strerror', None) or error})") from None
 
 
 def decode_stream(path: Path, container, stream) -> Iterator[np.ndarray]:
@@ -57,7 +57,7 @@ def decode_stream(path: Path, container, stream) -> Iterator[np.ndarray]:
             frames, damaged = [], damaged + 1
         for frame in frames:
             damaged += frame.is_corrupt
-            check_pixels(path, frame.width, frame.height)
+            check_pixels(frame.width, frame.height)
             yield to_rgb(frame, stream.sample_aspect_ratio, stream.codec_context.color_trc)
     missing = max(stream.frames - packets, 0)  # some files don't say how many there should be: 0
     if missing or damaged:
@@ -65,10 +65,9 @@ def decode_stream(path: Path, container, stream) -> Iterator[np.ndarray]:
              f" {damaged} damaged")
 
 
-def check_pixels(path: str | Path, width: int, height: int) -> None:
+def check_pixels(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{path}: {width}x{height} pixels, expected at most {MAX_PIXELS // 10**6} million;"
-                         " make it smaller")
+        raise ValueError(f"{width}x{height} pixels, expected at most {MAX_PIXELS:,}; make it smaller")
 
 
 def to_rgb(frame: av.VideoFrame, pixel_aspect: Fraction | None, transfer: int) -> np.ndarray:

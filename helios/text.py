@@ -21,6 +21,7 @@ from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
 from files.checkpoint import Network, check_pointer
+from files.cli import note
 
 END = 1  # id of </s>; 0 is <pad>, and there is no token for the beginning
 
@@ -47,8 +48,14 @@ class Tokenizer:
             raise ValueError(f"{file}: expected a sentencepiece model, found {error}") from None
 
     def __call__(self, text: str, max_length: int = 512) -> list[int]:
-        """Cleaned text -> ids, cut so that with the final </s> there are at most `max_length`; not padded."""
-        return self.model.encode(text)[: max_length - 1] + [END]
+        """Cleaned text -> ids, cut so that with the final </s> there are at most `max_length`, which is said; not
+        padded."""
+        ids = self.model.encode(text)
+        if len(ids) >= max_length:
+            lost = self.model.decode(ids[max_length - 1:])
+            note(f"the prompt has {len(ids)} tokens, {max_length - 1} are read; what is cut off begins with"
+                 f" {lost[:60]!r}")
+        return ids[: max_length - 1] + [END]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from helios.load import load_models
 from memory import Memory
 from mini.world import STILLS, caption, make_scene
 from render import Warp
-from sample import main, parse, pictures
+from sample import main, parse, pictures, start_video
 from wah import Chunk, Rollout
 
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
@@ -78,6 +78,38 @@ def test_official_latents(place, case, extra):
     full = f"{case}.latents" in RUNS
     actual, expected = (latents, RUNS[f"{case}.latents"]) if full else (latents[:, 1::5], RUNS[f"{case}.latents_ch"])
     check("sample.py, latents, max", actual, expected, 3e-4)
+
+
+def test_frames_cut_the_output_alone(place):
+    """Of the official run of 99 frames, asked for 90, the latents are the same; along poses the first frames too."""
+    common = ["--image", "image.png", "--prompt", CASES["_common"]["prompt"], "--seed", str(CASES["wah_3c"]["desc"]["seed"])]
+    words = [*common, "--warp", "warp.npy", "mask.npy", "--frames", "90", "--set", "latents=x.safetensors"]
+    assert sample(*words) == 0
+    check("sample.py, latents, max", load_file("x.safetensors")["latents"][:, 1::5], RUNS["wah_3c.latents_ch"], 3e-4)
+    assert len(read("out.mp4")) == 90
+    poses = ["--image", "image.png", "--poses", "poses.json", "--depth", "depth.npy", "--set", "latents=x.safetensors"]
+    assert sample(*poses) == 0
+    whole = load_file("x.safetensors")["latents"]
+    assert sample(*poses, "--frames", "7") == 0
+    assert torch.equal(load_file("x.safetensors")["latents"], whole) and len(read("out.mp4")) == 7
+
+
+def test_a_video_to_continue_is_resized_as_it_is_read(monkeypatch):
+    """Never more than one frame at its own size in memory, the rest as 8 bit."""
+    alive = []
+
+    def read_frames(path):
+        for index in range(40):
+            frame = np.full((400, 640, 3), index, np.uint8)
+            alive.append(weakref.ref(frame))
+            yield frame
+            del frame
+            assert sum(each() is not None for each in alive) <= 1
+
+    monkeypatch.setattr("sample.read_frames", read_frames)
+    video = start_video(Path("v.mp4"), SIZE).video
+    assert video.shape == (1, 3, 40, *SIZE) and video.dtype == torch.uint8 and len(alive) == 40
+    assert (video[0, 0, :, 0, 0] == torch.arange(40)).all()
 
 
 @pytest.mark.parametrize("words, length, led", [

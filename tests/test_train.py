@@ -656,10 +656,12 @@ def test_several_videos(place, capsys):
     assert Path("run/metrics.jsonl").read_bytes() == Path("listed/metrics.jsonl").read_bytes()
     order = item_order(2, Recipe().seed)
     assert [line["video"] for line in metrics("run")] == [next(order) for _ in range(2)]
-    for text, parts in (("video,words\nclip.npy,a\n", ("prompt", "words")), ("video,prompt\n", ("0 rows",)),
-                        ("video,prompt\nclip.npy\n", ("row 1",)), ("video,prompt\nno.npy,a\n", ("no.npy",))):
+    for text, parts in (("video,words\nclip.npy,a\n", ("prompt", "words")), ("video,prompt\n", ("at least one row",)),
+                        ("video,prompt\nclip.npy\n", ("row 1",)), ("video,prompt\nno.npy,a\n", ("row 1", "no.npy")),
+                        ("video,prompt\nclip.npy,a\nclip.npy,a car, fast\n", ("row 2", "3 fields", "quotes")),
+                        ('video,prompt\nclip.npy,a\nclip.npy,"a 5" screen, red"\n', ("row 2", "expected after"))):
         Path("list.csv").write_text(text)
-        refused(capsys, "list.csv", [], "csv" if "no.npy" not in text else "no.npy", *parts)
+        refused(capsys, "list.csv", [], "list.csv", *parts)
     Path("list.csv").write_bytes(b"\xff\x00\xfe")
     refused(capsys, "list.csv", [], "list.csv", "not a readable csv")
 

@@ -183,6 +183,36 @@ def encode(path, frames, times=None, side=0, **tags) -> None:
         path.write_bytes(content)
 
 
+@pytest.mark.parametrize("name", ["v.mkv", "v.ts", "v.m4v", "v.3gp", "v.avi", "v.webm", "v.MTS", "v.wmv", "v"])
+def test_a_video_is_told_by_its_content(tmp_path, name):
+    kind = {".mkv": "matroska", ".ts": "mpegts", ".avi": "avi", ".webm": "webm", ".MTS": "mpegts", ".wmv": "asf"}
+    coder = {".webm": "libvpx-vp9", ".wmv": "wmv2"}
+    with av.open(tmp_path / name, "w", format=kind.get(Path(name).suffix, "mp4")) as container:
+        stream = container.add_stream(coder.get(Path(name).suffix, "libx264"), rate=16)
+        stream.pix_fmt, stream.height, stream.width = "yuv420p", 32, 48
+        for index in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(SMOOTH, index, 1), format="rgb24")))
+        container.mux(stream.encode(None))
+    assert media.is_video(tmp_path / name) and len(media.load_video(tmp_path / name)) == 5
+
+
+def test_what_is_a_video(tmp_path):
+    draw.save_png(tmp_path / "p.mp4", SMOOTH)
+    np.save(tmp_path / "v.npy", SMOOTH[None])
+    assert [media.is_video(tmp_path / name) for name in ("p.mp4", "v.npy", "", "none.mp4")] == [False, True, True, False]
+
+
+def test_sound_alone_is_no_video(tmp_path):
+    with av.open(tmp_path / "a.mp4", "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.rate, sound.pts = 8000, 0
+        container.mux(stream.encode(sound))
+        container.mux(stream.encode(None))
+    with pytest.raises(ValueError, match="a.mp4: not a readable video .there is none in it"):
+        media.load_video(tmp_path / "a.mp4")
+
+
 @pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.mov"])
 def test_frames_of_variable_rate(tmp_path, name):
     """As many as there are, whatever their times."""

@@ -59,10 +59,13 @@ def test_cleaning_equals_diffusers(prompt):
     assert clean(prompt) == prompt_clean(prompt)
 
 
-def test_tokens_are_cut_before_the_end_token(tokenizer):
+def test_tokens_are_cut_before_the_end_token_and_that_is_said(tokenizer, capsys):
     text = "a car driving through a roundabout"
     whole = tokenizer(text)
-    assert whole[-1] == 1 and tokenizer(text, 7) == [*whole[:6], 1] and tokenizer(text, len(whole)) == whole
+    assert whole[-1] == 1 and tokenizer(text, len(whole)) == whole and capsys.readouterr().err == ""
+    assert tokenizer(text, 7) == [*whole[:6], 1]
+    lost = tokenizer.model.decode(whole[6:-1])
+    assert f"{len(whole) - 1} tokens, 6 are read; what is cut off begins with {lost!r}" in capsys.readouterr().err
 
 
 def test_tokenizer_takes_the_file_too(tokenizer):
