@@ -1,9 +1,22 @@
 """One thread, so that the small models run fast and alike everywhere; and the parity table after the run."""
 
 import goldens
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish(session):
+    """With pytest-xdist each worker hands its part of the table over."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["parity"] = goldens.parity
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for component, entry in getattr(node, "workeroutput", {}).get("parity", {}).items():
+        goldens.record(component, *entry)
 
 
 def pytest_terminal_summary(terminalreporter):

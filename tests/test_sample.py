@@ -24,9 +24,9 @@ import files
 from files.checkpoint import open_safetensors
 from files.media import load_video
 from files.output import Output
+from geometry import surface
 from geometry.pi3x import load_pi3x
 from helios.load import load_models
-from memory import Memory
 from mini.world import STILLS, caption, make_scene
 from render import Warp
 from sample import main, parse, pictures, start_video
@@ -43,8 +43,9 @@ LONG = len(INPUTS["warp"])  # frames
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """An empty folder to work in, with the official runs' inputs as files."""
+    """An empty folder to work in, with the official runs' inputs as files; geometry is coarse, to be fast."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(surface, "map_size", partial(surface.geometry_size, limit=11_760))
     Image.fromarray(INPUTS["image"]).save("image.png")
     np.save("warp.npy", INPUTS["warp"])
     np.save("mask.npy", INPUTS["mask"])
@@ -304,7 +305,6 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_continued_equals_uninterrupted(place, monkeypatch, way):
     """Everything that is left of a run: video, warp, sheet and latents, after a failure in the second and the third chunk."""
-    monkeypatch.setattr("sample.Memory", partial(Memory, limit=11760))  # pixels: to be fast
 
     def run(name: str, *more: str) -> int:
         (place / name).mkdir(exist_ok=True)

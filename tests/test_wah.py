@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import goldens
 import numpy as np
@@ -14,6 +15,7 @@ from goldens import DISTILLED, HELIOS, check
 from PIL import Image
 
 from files.media import fit_image
+from geometry import surface
 from geometry.camera import WINDOW, move_path, normalize, scale_translation
 from geometry.pi3x import load_pi3x
 from geometry.surface import geometry_from_depth, geometry_size, pinhole
@@ -228,6 +230,12 @@ def test_guided_runs(models, prompts, draws, case):
 # ---------------------------------------------------------------------------------------------------------- properties
 
 
+@pytest.fixture
+def coarse(monkeypatch):
+    """Geometry of few pixels, to be fast."""
+    monkeypatch.setattr(surface, "map_size", partial(geometry_size, limit=11_760))
+
+
 def room_camera(size) -> Camera:
     image = fit_image(picture(), size)
     depth = torch.linspace(3, 1, SIZE[0])[:, None].expand(SIZE)
@@ -235,7 +243,7 @@ def room_camera(size) -> Camera:
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_the_first_stage_alone_is_led(models, prompts, stages):
+def test_the_first_stage_alone_is_led(models, prompts, coarse, stages):
     """Warp, LoRA and trigger belong to the first of however many stages; the size check follows from their number."""
     schedule = replace(models.schedule, stages=stages, stage_range=tuple(i / stages for i in range(stages)) + (1,))
     size = 64, 64 + 16 * 2 ** (stages - 1)
@@ -266,7 +274,7 @@ def test_the_first_stage_alone_is_led(models, prompts, stages):
             Rollout(replace(models, schedule=schedule), prompts, (size[0], size[1] + 16), torch.Generator(), options=options)
 
 
-def test_poses_are_rendered_from_the_first_frame(models, prompts):
+def test_poses_are_rendered_from_the_first_frame(models, prompts, coarse):
     """Two chunks of poses give the warps of one long path, seen from the picture's own camera; the
     last pose holds where a chunk has fewer than 33."""
     path, camera = move_path("right 2, yaw 15"), room_camera(SIZE)
