@@ -59,7 +59,7 @@ def depth_ratio(geometry: Geometry, reference: Geometry) -> float:
         valid = F.interpolate(reference.valid[None, None].float(), size)[0, 0] > 0.5
         reference = replace(reference, depth=resize(reference.depth[None, None], size)[0, 0], valid=valid)
     known = geometry.valid & geometry.has_depth() & reference.valid & reference.has_depth()
-    ratios = reference.depth[known].double() / geometry.depth[known]
+    ratios = reference.depth[known].cpu().double() / geometry.depth[known].cpu()  # not every device has doubles
     if len(ratios) == 0:
         return 1.0
     if len(ratios) >= 32:
@@ -117,14 +117,15 @@ def texels(rays: Tensor) -> Tensor:
 
 def atlas_colors(geometries: list[Geometry]) -> Atlas:
     """Mean colour of all keyframes' background pixels in each texel."""
-    total = torch.zeros(math.prod(ATLAS), 4, dtype=torch.float64, device=geometries[0].depth.device)  # r, g, b, count
+    total = torch.zeros(math.prod(ATLAS), 4, dtype=torch.int32, device=geometries[0].depth.device)  # r, g, b, count
     for geometry in geometries:
         mask = background_mask(geometry)
         rays = pixel_rays(geometry.c2w, geometry.K, tuple(mask.shape), mask.device)
-        values = F.pad(geometry.rgb[mask].double(), (0, 1), value=1.0)
+        values = F.pad(geometry.rgb[mask].int(), (0, 1), value=1)
         total.index_add_(0, texels(rays[mask]), values)  # whole numbers: exact in every order
-    rgb, count = total.view(*ATLAS, 4).split([3, 1], dim=-1)
-    return Atlas((rgb / count.clamp(min=1)).round().to(torch.uint8), count[..., 0] > 0)
+    rgb, count = total.cpu().double().view(*ATLAS, 4).split([3, 1], dim=-1)
+    colors = (rgb / count.clamp(min=1)).round().to(torch.uint8)
+    return Atlas(colors.to(total.device), (count[..., 0] > 0).to(total.device))
 
 
 def fill_rows(atlas: Atlas, radius: int = 3) -> Atlas:

@@ -95,8 +95,9 @@ def components(mask: Tensor) -> Tensor:
     outside = mask.numel()
     index = torch.arange(outside + 1, device=mask.device)
     label = torch.where(mask, index[:-1].view_as(mask), outside)
+    exact = torch.float32 if outside <= 2**24 else torch.float64  # there is no integer pooling on CUDA
     while True:
-        lowest = -max_pool(-label.double(), 3).long()  # double: there is no integer pooling on CUDA
+        lowest = -max_pool(-label.to(exact), 3).long()
         link = index.scatter_reduce(0, label.flatten(), lowest.flatten(), "amin")
         link[outside] = outside
         while not torch.equal(link, further := link[link]):
@@ -234,7 +235,7 @@ def render_samples(samples: Samples, source: Geometry, poses: Tensor, settings: 
     """The frames of `render_frames`, from samples that need not all be of `source`, whose camera and picture lead.
     Pixels that no sample reaches show the `backdrop` and count as visible, where it is known."""
     poses, intrinsics, source_pose = poses.cpu(), intrinsics.cpu(), source.c2w.cpu()  # a device would stall every frame
-    mean = source.rgb.double().mean((0, 1)).round().to(torch.uint8)
+    mean = (source.rgb.sum((0, 1)).cpu().double() / source.valid.numel()).round().to(source.rgb)
     fill = mean if settings.mean_fill else torch.zeros_like(mean)
     picture = rearrange(source.rgb, "h w c -> 1 c h w") / 255
     yield source.rgb, torch.ones_like(source.valid)

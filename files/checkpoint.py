@@ -11,7 +11,6 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -20,6 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+
+from files.cli import note
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 JSON_BYTES = 2**26
@@ -30,12 +31,6 @@ def few(items: Iterable[str], most: int = 5) -> str:
     items = list(items)
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return "; ".join(items[:most]) + more
-
-
-@cache
-def say(line: str) -> None:
-    """Print what is done otherwise than asked, once."""
-    print(line)
 
 
 def check_pointer(path: Path) -> None:
@@ -160,7 +155,7 @@ def weight_files(folder: Path) -> list[Path]:
         if found:
             best = min(found, key=lambda match: (match[1] or match[3] or "", match[2] is None))
             if best[1] or best[3]:
-                say(f"{folder}: only the variant {best[1] or best[3]} of the weights is there, so it is used")
+                note(f"{folder}: only the variant {best[1] or best[3]} of the weights is there, so it is used")
             return index_files(folder / best[0]) if best[2] else [folder / best[0]]
     shards = [name for name in names if name.endswith(".safetensors")]
     pickled = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
@@ -233,7 +228,7 @@ def locate(module: Network, files: list[Path]) -> dict[Path, dict[str, str]]:
             found += [(path, key, file.get_slice(key).get_shape()) for key in file.keys()]
     prefix = next((each for each in PREFIXES if found and all(key.startswith(each) for _, key, _ in found)), "")
     if prefix:
-        say(f"{files[0].parent}: all names of its tensors begin with {prefix}, which is left out")
+        note(f"{files[0].parent}: all names of its tensors begin with {prefix}, which is left out")
     places: dict[Path, dict[str, str]] = {path: {} for path in files}
     problems, there = [], set()
     for path, key, shape in found:

@@ -1,6 +1,7 @@
 """What the programs' command lines share: errors in one line, sizes, and how they are stopped."""
 
 import argparse
+import re
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from files.machine import out_of_memory
 from files.settings import setting_names
 
 
@@ -19,10 +21,26 @@ def run_program(name: str, program: Callable[[argparse.Namespace], None], args: 
     except (ValueError, OSError) as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        print(f"{name}: error: {what_fits(args, error)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"\n{name}: stopped, nothing written", file=sys.stderr)
         return 130
     return 0
+
+
+SAVING = {"full": "--memory fp8 or stream, ", "fp8": "--memory stream, "}  # how weights are held -> what takes less
+
+
+def what_fits(args: argparse.Namespace, error: BaseException) -> str:
+    """One line for a run that memory was too small for."""
+    asked = re.search(r"(?i)(?:tried|unable) to allocate ([\d.]+ ?\w+)", str(error))
+    reason = f"out of memory, {asked[1]} more were needed" if asked else "out of memory"
+    less = SAVING.get(getattr(args, "memory", ""), "")
+    return f"{reason}; less is needed with {less}a smaller --size"
 
 
 @cache

@@ -1,40 +1,101 @@
 """What the machine offers: its devices, their memory, and the dtype that networks have on them."""
 
+import ctypes
 import os
 import re
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+GIB = 2**30
+
 
 def network_dtype(device: torch.device | str) -> torch.dtype:
-    """The one dtype policy: bf16 on CUDA (with the fp32 islands of each network), fp32 on the CPU."""
-    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    """The one dtype policy: bf16 on accelerators (with the fp32 islands of each network), fp32 on the CPU."""
+    return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def linux_memory() -> tuple[int, int]:
+    """Bytes that the system can still give, and the most that this process has held."""
+    import resource  # which Windows doesn't have
+
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    free = int(found[1]) * 1024 if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def mac_memory() -> tuple[int, int]:
+    """As `linux_memory`."""
+    import resource
+
+    text = subprocess.run(["vm_stat"], capture_output=True, text=True, check=True).stdout
+    size = int(re.search(r"page size of (\d+)", text)[1])  # pyright: ignore[reportOptionalSubscript]
+    pages = re.findall(r"Pages (?:free|inactive|speculative):\s+(\d+)", text)
+    return sum(map(int, pages)) * size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # there in bytes
+
+
+def windows_memory() -> tuple[int, int]:
+    """As `linux_memory`, from GlobalMemoryStatusEx and GetProcessMemoryInfo."""
+    kernel = ctypes.windll.kernel32  # pyright: ignore[reportAttributeAccessIssue]
+    status = (ctypes.c_uint64 * 8)(64)  # length and load in its first 8 bytes, then total, available, ...
+    counters = (ctypes.c_size_t * 9)(ctypes.sizeof(ctypes.c_size_t * 9))  # size and faults, then the peak, ...
+    kernel.GlobalMemoryStatusEx(ctypes.byref(status))
+    kernel.K32GetProcessMemoryInfo(ctypes.c_void_p(-1), ctypes.byref(counters), ctypes.sizeof(counters))
+    return status[2], counters[1]
+
+
+SYSTEMS: dict[str, Callable[[], tuple[int, int]]] = {
+    "linux": linux_memory, "darwin": mac_memory, "win32": windows_memory}  # fmt: skip
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes that the system can still give, and the most that this process has held; 0 for what it does not tell."""
+    try:
+        return SYSTEMS[sys.platform]()
+    except (KeyError, OSError, ValueError, TypeError, AttributeError, ImportError, subprocess.SubprocessError):
+        return 0, 0
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that a device still has to give; 0 for the host where the system does not tell."""
-    if torch.device(device).type == "cuda":
+    """Bytes that a device still has to give; 0 if the system does not tell."""
+    kind = torch.device(device).type
+    if kind == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    known = "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", {})
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else 0
+    if kind == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    return host_memory()[0]
 
 
 def peak_memory(device: str) -> str:
     if torch.device(device).type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB of GPU memory"
-    import resource  # not on every system
+        return f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB of GPU memory"
+    peak = host_memory()[1]
+    return f"{peak / GIB:.2f} GiB of memory" if peak else "memory not known"
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.2f} GiB of memory"
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says so; CPU, CUDA and libraries each have words of their own."""
+    words = "out of memory", "can't allocate memory", "not enough memory", "alloc_failed", "cannot allocate memory"
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error).lower() for w in words)
+
+
+# ------------------------------------------------------------------------------------------------------------- devices
 
 
 def check_device(device: str) -> None:
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device!r}: expected cpu, cuda or cuda:N")
-    if device != "cpu" and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device!r}: expected cpu, mps, cuda or cuda:N")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: there is no such device, or this torch was built without it")
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {device}: there is no such device, {torch.cuda.device_count()} found")
 
 
@@ -54,7 +115,7 @@ class Clock:
         self.last = time.perf_counter()
 
     def lap(self, name: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - self.last
         self.start()

@@ -181,7 +181,7 @@ def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None) -> l
     if limit is None and network.config.pixels < PIXEL_LIMIT:
         size, seen = map_size(*shape), geometry_size(*shape, network.config.pixels)
     prediction = network(show(seen)[None])
-    if not all(x.isfinite().all() for x in (prediction.points, prediction.confidence, prediction.c2w)):
+    if not all(x.isfinite().any() for x in (prediction.points, prediction.confidence, prediction.c2w)):
         raise ValueError("Pi3X: its geometry is not finite; are its weights damaged?")
     colors = rearrange(to_u8(show(size)), "n c h w -> n h w c")
     intrinsics, poses = focal_from_rays(prediction.local_points[0]).cpu(), prediction.c2w[0].cpu()

@@ -271,7 +271,7 @@ class Item:
     """A training pair: from `latents` at `timestep` the network is to predict `target`."""
     latents: Tensor  # [B, C, T, h, w] at the stage's size: sigma start + (1 - sigma) end
     target: Tensor  # [B, C, T, h, w] velocity, start - end
-    timestep: Tensor  # [B] what the network is told, fractional
+    timestep: Tensor  # [B] float32, what the network is told, fractional
     sigma: Tensor  # [B] float32 on the stage's own clock
 
 
@@ -317,6 +317,6 @@ def training_item(clean: Tensor, noise: Tensor, u: Tensor, schedule: Schedule, s
                   levels: Levels = table_levels) -> Item:
     """What to train on at `stage`; full-size `clean` latents and `noise` are [B, C, T, h, w], `u` is [B] on the CPU."""
     start, end = endpoints(clean, noise, schedule, stage)
-    timestep, sigma = (level.to(clean.device) for level in levels(u, schedule, stage, start.shape))
+    timestep, sigma = (level.to(clean.device, torch.float32) for level in levels(u, schedule, stage, start.shape))
     share = rearrange(sigma, "b -> b 1 1 1 1")
     return Item(share * start + (1 - share) * end, start - end, timestep, sigma)

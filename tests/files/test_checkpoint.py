@@ -20,9 +20,9 @@ from files.checkpoint import (
     read_config,
     read_json,
     read_json_value,
-    say,
     weight_files,
 )  # fmt: skip
+from files.cli import note
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Small(Network):
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """A model's folder with its weights."""
-    say.cache_clear()
+    note.cache_clear()
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def test_a_variant_alone_is_used(folder, index, capsys):
         (folder / "model.safetensors").rename(folder / "model.fp16.safetensors")
     load(Small, folder)
     load(Small, folder)
-    assert capsys.readouterr().out == f"{folder}: only the variant fp16 of the weights is there, so it is used\n"
+    assert capsys.readouterr().err == f"{folder}: only the variant fp16 of the weights is there, so it is used\n"
 
 
 def test_pickled_weights_alone(folder):
@@ -154,7 +154,7 @@ def test_a_common_prefix_is_left_out(folder, prefix, capsys):
     save_file({f"{prefix}{name}": value for name, value in wanted.items()}, folder / "model.safetensors")
     loaded = load(Small, folder).state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in wanted.items())
-    assert prefix in capsys.readouterr().out
+    assert prefix in capsys.readouterr().err
     save_file({f"{prefix}{name}": value for name, value in wanted.items()} | {"other": torch.ones(1)},
               folder / "model.safetensors")
     line(lambda: load(Small, folder), "unexpected")

@@ -1,0 +1,174 @@
+"""Memory on three systems, devices, and what a run says that memory is too small for."""
+
+import argparse
+import ctypes
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+
+from files import machine
+from files.cli import run_program
+from files.machine import check_device, free_memory, host_memory, network_dtype, peak_memory
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux itself")
+def test_linux():
+    free, peak = host_memory()
+    assert 2**20 < free < 2**50 and 2**24 < peak < 2**40
+    held = bytearray(2**28)
+    assert host_memory()[1] > peak - 2**20 and len(held) and free_memory("cpu") > 0
+    assert peak_memory("cpu").endswith("GiB of memory")
+
+
+def test_macos(monkeypatch):
+    text = ("Mach Virtual Memory Statistics: (page size of 16384 bytes)\nPages free:      100.\nPages active:   900.\n"
+            "Pages inactive:    20.\nPages speculative:  3.\nPages throttled: 7.\n")
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(subprocess, "run", lambda *words, **options: SimpleNamespace(stdout=text))
+    import resource
+
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=3 * 2**30))
+    assert host_memory() == (123 * 16384, 3 * 2**30)
+    assert peak_memory("cpu") == "3.00 GiB of memory"
+
+
+def test_windows(monkeypatch):
+    """The two structures as Windows fills them: 64 bytes, and the process's, whose second word is the peak."""
+
+    def status(pointer):
+        fields = pointer._obj
+        assert ctypes.sizeof(fields) == 64 and ctypes.c_uint32.from_buffer(fields).value == 64
+        fields[1], fields[2] = 16 * 2**30, 5 * 2**30
+        return 1
+
+    def counters(process, pointer, size):
+        fields, word = pointer._obj, ctypes.sizeof(ctypes.c_size_t)
+        assert process.value == 2 ** (8 * word) - 1 and size == ctypes.sizeof(fields)
+        assert ctypes.c_uint32.from_buffer(fields).value == size
+        fields[1], fields[2] = 2 * 2**30, 2**30
+        return 1
+
+    kernel = SimpleNamespace(GlobalMemoryStatusEx=status, K32GetProcessMemoryInfo=counters)
+    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel), raising=False)
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setitem(sys.modules, "resource", None)  # importing it is an error
+    assert host_memory() == (5 * 2**30, 2 * 2**30)
+    assert free_memory("cpu") == 5 * 2**30
+
+
+def test_a_system_that_does_not_tell(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "plan9")
+    assert host_memory() == (0, 0) and peak_memory("cpu") == "memory not known"
+
+
+def test_devices(monkeypatch):
+    for device in ("cpu:0", "gpu", "cuda:x", "", "mps:1"):
+        with pytest.raises(ValueError, match="expected cpu, mps, cuda or cuda:N"):
+            check_device(device)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device mps: there is no such device"):
+        check_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    check_device("mps")
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10, raising=False)
+    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 3)
+    assert network_dtype("mps") == torch.bfloat16 and free_memory("mps") == 7
+
+
+ERRORS = {
+    "torch": lambda: torch.empty(2**55, dtype=torch.uint8), "python": lambda: bytearray(2**62),
+    "CUDA": lambda: raised(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total")),
+    "cuBLAS": lambda: raised(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")),
+}
+
+
+def raised(error: Exception):
+    raise error
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+@pytest.mark.parametrize("memory, less", [("full", "--memory fp8 or stream, "), ("fp8", "--memory stream, "),
+                                          ("stream", ""), (None, "")])
+def test_out_of_memory_is_one_line(kind, memory, less, capsys):
+    args = argparse.Namespace() if memory is None else argparse.Namespace(memory=memory)
+    assert run_program("sample.py", lambda args: ERRORS[kind](), args) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("sample.py: error: out of memory") and said.count("\n") == 1
+    assert said.endswith(f"; less is needed with {less}a smaller --size\n")
+    assert kind != "CUDA" or "20.00 GiB more" in said
+
+
+def test_other_errors_of_torch_stay(capsys):
+    with pytest.raises(RuntimeError, match="shape"):
+        run_program("x", lambda args: torch.ones(2).view(3), argparse.Namespace())
+
+
+class Device(TorchFunctionMode):
+    """A device without doubles: what comes from its tensors is on it, until `cpu` takes it away."""
+
+    doubles: list[str] = []
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        given = [each for part in (*arguments, *(options or {}).values())
+                 for each in (part if isinstance(part, (list, tuple)) else [part]) if isinstance(each, torch.Tensor)]
+        if function is torch.Tensor.cpu:
+            return result.detach()
+        if any(getattr(each, "on_device", False) for each in given):
+            for each in result if isinstance(result, (list, tuple)) else [result]:
+                if isinstance(each, torch.Tensor):
+                    each.on_device = True
+                    if each.dtype in (torch.float64, torch.complex128):
+                        frame = sys._getframe(1)
+                        self.doubles.append(f"{frame.f_code.co_filename}:{frame.f_lineno} {function.__name__}")
+        return result
+
+
+def test_no_device_needs_doubles(monkeypatch):
+    """A picture's geometry, keyframes, the background between them, renders, a rollout and a training pair."""
+    from goldens import DISTILLED, GEOMETRY
+
+    import geometry.surface as surface
+    import memory
+    import render
+    from geometry.camera import move_path
+    from geometry.pi3x import load_pi3x
+    from helios.flow import load_schedule, training_item
+    from helios.load import Models, Prompts, load_models
+    from model import Helios
+    from wah import Options, Rollout
+
+    def fused(total, x, factor):  # as accelerators do it
+        return total.addcmul(x, factor) if isinstance(factor, torch.Tensor) else total.add(x, alpha=factor)
+
+    for module in (surface, memory, render):
+        for name, other in (("fused", fused), ("resize", lambda images, size: torch.nn.functional.interpolate(
+                images, size, mode="bilinear", align_corners=False))):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, other)
+    models: Models[Helios] = load_models(Helios, DISTILLED, "cpu")
+    pi3x = load_pi3x(GEOMETRY / "pi3x_weights.safetensors")
+    for network in (models.transformer, models.vae, pi3x):
+        for parameter in (*network.parameters(), *network.buffers()):
+            parameter.on_device = True
+    Device.doubles.clear()
+    picture = torch.rand(1, 3, 64, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    picture.on_device = True
+    with Device(), torch.no_grad():
+        camera = memory.Memory(lambda: pi3x, picture, (64, 128), keyframes=2)
+        prompts = Prompts(torch.zeros(1, 8, models.transformer.config.text_dim))
+        options = Options(steps=(1, 1, 1), amplify_first_chunk=False)
+        rollout = Rollout(models, prompts, (64, 128), torch.Generator().manual_seed(0), image=picture, camera=camera,
+                          options=options)
+        for _ in range(2):
+            rollout.next(poses=move_path("yaw 20"))
+        latents = torch.zeros(1, 16, 9, 8, 16)
+        latents.on_device = True
+        item = training_item(latents, latents, torch.tensor([0.3]), load_schedule(DISTILLED), 0)
+    assert item.timestep.dtype == torch.float32 and picture.dtype == torch.float32
+    assert not Device.doubles, "\n".join(Device.doubles)
+    assert machine.network_dtype("cpu") == torch.float32
