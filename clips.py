@@ -36,7 +36,7 @@ from geometry.surface import Geometry, ensure_valid, estimate, place, transform
 from helios.load import add_trigger
 from helios.vae import VAE
 from memory import render_keyframes, smooth_focals
-from render import Warp, collect, render_frames
+from render import Warp, collect, fill_warp, render_frames
 from wah import CHUNK, mask_latents
 
 
@@ -51,6 +51,7 @@ class Choices:
     future: float = 0.5  # share of later chunks that also have keyframes from among the target's frames
     future_count: tuple[int, int] = (1, 2)  # of those: at least, at most
     forms: int = 1  # of every clip, up to 12: also mirrored and with its colours exchanged. Officially it is 1
+    warp_fill: str = "mean"  # of what a warp does not show, as in sampling
     atlas: bool = True  # also a first chunk's holes show the far background. Kept for parity: in sampling they don't
 
 
@@ -285,7 +286,7 @@ class Clip:
         return rearrange(self.frames[list(index)], "t c h w -> 1 c t h w") / 255 * 2 - 1
 
 
-def render_case(clip: Clip, case: Case, atlas: bool = True) -> Warp:
+def render_case(clip: Clip, case: Case, atlas: bool = True, fill: str = "mean") -> Warp:
     """A case's warp; without `atlas` that of a first chunk is rendered as in sampling, from its first frame alone."""
     geometries = clip.reverse if case.reverse else clip.forward
     poses = normalize(geometries.c2w[case.path], len(case.path))
@@ -294,7 +295,8 @@ def render_case(clip: Clip, case: Case, atlas: bool = True) -> Warp:
     warp = collect(frames, tuple(clip.frames.shape[2:]))
     frames, visible = warp.frames[:, :, -WINDOW:], warp.visible[:, :, -WINDOW:]  # a later one begins with the keyframe
     frames, visible = (change_form(each, case.form) for each in (frames, visible))
-    return Warp(quantize(frames), (visible * 255).round() / 255)
+    warp = fill_warp(Warp(frames, visible), fill)
+    return Warp(quantize(warp.frames), (visible * 255).round() / 255)
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,7 @@ class Conditions:
         return self.encode(change_form(self.clips[clip].pixels(*index), form), None)
 
     def make_warp(self, clip: int, case: Case) -> tuple[Tensor, Tensor]:
-        return self.encode_warp(render_case(self.clips[clip], case, self.choices.atlas))
+        return self.encode_warp(render_case(self.clips[clip], case, self.choices.atlas, self.choices.warp_fill))
 
     def __call__(self, clip: int, case: Case) -> Condition:
         count = len(self.clips[clip].frames)

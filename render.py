@@ -286,6 +286,37 @@ def render(geometry: Geometry, poses: Tensor, size: tuple[int, int], settings: R
     return collect(render_frames(geometry, poses, settings, intrinsics), size)
 
 
+FILLS = ("mean", "smooth", "black")
+
+
+def smooth_fill(frames: Tensor, visible: Tensor) -> Tensor:
+    """Frames [1, 3, T, H, W] whose invisible pixels continue what is around them; `visible` [1, 1, T, H, W].
+
+    Averages of visible pixels alone, from fine to coarse, until nothing is unknown; on the way back what is known stays
+    and the rest is the coarser level, enlarged. Each frame by itself. Ours, not the paper's.
+    """
+    def fill(color: Tensor, known: Tensor) -> Tensor:
+        if known.all() or max(color.shape[-2:]) == 1:
+            return color * known
+        share = F.avg_pool2d(known.to(color), 2, ceil_mode=True)
+        mean = F.avg_pool2d(color * known, 2, ceil_mode=True) / share.clamp(min=1e-6)
+        coarse = fill(mean, share > 0)
+        return torch.where(known, color, F.interpolate(coarse, color.shape[-2:], mode="bilinear", align_corners=False))
+
+    known = rearrange(visible, "1 1 t h w -> t 1 h w") > 0.999  # a mask that was resized has half-visible edges
+    return rearrange(fill(rearrange(frames, "1 c t h w -> t c h w"), known), "t c h w -> 1 c t h w")
+
+
+def fill_warp(warp: Warp, fill: str) -> Warp:
+    """The warp with its holes filled: "mean" leaves what was painted there, officially the picture's mean colour. The mask
+    stays as it is: filled pixels count as invisible."""
+    if fill == "smooth":
+        return replace(warp, frames=smooth_fill(warp.frames, warp.visible))
+    if fill == "black":
+        return replace(warp, frames=torch.where(warp.visible > 0.999, warp.frames, -1.0))
+    return warp
+
+
 def make_warp(frames: np.ndarray, mask: np.ndarray | None, size: tuple[int, int]) -> Warp:
     """A warp from pictures: `frames` [T, h, w, 3] uint8; `mask` [T', h', w'] in 0..1, None for all visible. Resized
     as the official code does it: frames with Pillow's bilinear filter, the mask trilinearly, so also in time."""

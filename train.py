@@ -50,6 +50,7 @@ from helios.load import (
 from helios.lora import Lora
 from memory import Camera
 from model import Helios, History
+from render import FILLS
 from wah import BANDS, CHUNK, Rollout, add_noise, model_options, pseudo_history
 
 TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")  # of every block; nothing else is trained
@@ -83,6 +84,7 @@ class Recipe(Choices):
     position: str = "target"  # time indices of the warp; or reversed, or before (the target)
     delta: int = 0  # is subtracted from them
     drop: bool = True  # history tokens without a visible source are dropped
+    warp_band: str = "short"  # which the warp joins, as in sampling
     threshold: float = 0.5  # least visible share of a kept token. Kept for parity: sampling keeps more, from 0.1 on
     geometry_pixels: int = 0  # at most, in a frame that Pi3X sees and that warps are rendered at; 0: its own number
     save_every: int = 100  # steps
@@ -105,6 +107,10 @@ class Recipe(Choices):
             ("density", self.density in ("uniform", "logit_normal", "first"), "uniform, logit_normal or first"),
             ("position", self.position in ("target", "reversed", "before"), "target, reversed or before"),
             ("future_count", 1 <= low <= high <= WINDOW, f"two numbers from 1 to {WINDOW}, in order"),
+            ("warp_band", self.warp_band in ("short", "mid"), "short or mid"),
+            ("warp_band history", self.warp_band == "short" or self.history[1] % 2 == 0,
+             "an even number of mid frames before a warp in that band"),
+            ("warp_fill", self.warp_fill in FILLS, "mean, smooth or black"),
             ("forms", 1 <= self.forms <= 12, "from 1 to 12"),
             ("history", min(self.history) >= 0, "no negative numbers"),
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
@@ -131,7 +137,7 @@ def build_history(condition: Condition, recipe: Recipe, generator: torch.Generat
     target = torch.arange(start, start + CHUNK, device=warp.device)
     time = {"target": target, "reversed": target.flip(0), "before": target - CHUNK}[recipe.position] - recipe.delta
     return pseudo_history(first, past, recipe.history, warp, condition.visible, start=start, warp_time=time,
-                          drop=recipe.drop, threshold=recipe.threshold)
+                          warp_band=recipe.warp_band, drop=recipe.drop, threshold=recipe.threshold)
 
 
 def draw_items(clean: Tensor, schedule: Schedule, recipe: Recipe, generator: torch.Generator) -> list[Item]:

@@ -26,7 +26,7 @@ from helios.load import Models, Prompts, size_multiple
 from helios.lora import Lora
 from memory import Camera, Memory
 from model import Band, Helios, History
-from render import Warp, resize_volume
+from render import FILLS, Warp, fill_warp, resize_volume
 
 CHUNK = 9  # latent frames
 BANDS = (16, 2, 1)  # native history: latent frames of the long, mid and short band
@@ -38,50 +38,48 @@ FIRST_TARGET = 1 + sum(BANDS)  # time index of a chunk's first latent; 0 is the 
 
 def pseudo_history(first: Tensor, previous: Tensor, bands: tuple[int, int, int] = BANDS, warp: Tensor | None = None,
                    visible: Tensor | None = None, *, start: int = FIRST_TARGET, target: Tensor | None = None,
-                   warp_time: Tensor | None = None, drop: bool = True, threshold: float = 0.1) -> History:
-    """What the network sees beside the noisy target: first frame, previous latents and, as if it were history, the
-    warp.
+                   warp_time: Tensor | None = None, warp_band: str = "short", drop: bool = True,
+                   threshold: float = 0.1) -> History:
+    """What the network sees beside the noisy target: first frame, past latents and, as if it were past, the warp.
 
     first [B, C, 1, h, w]; previous [B, C, n, h, w], the latest n latents (n at most the sum of `bands`, the latent
-    frames of the long, mid and short band); warp [B, C, 9, h, w] with its visibility [1, 1, 9, h, w], or None: native
-    history. `start` is the time index that follows the previous ones; `target` are the target's indices [9], by
-    default from there on; `warp_time` those of the warp [9], by default the target's, which is what aligns them.
+    frames of the long, mid and short band); warp [B, C, 9, h, w] and its visibility [1, 1, 9, h, w], or neither: native
+    history. `start` is the time index that follows the past; `target` are the target's indices [9], by default from
+    there on; `warp_time` those of the warp [9], by default the target's, which is what aligns them.
     """
-    total, device = sum(bands), first.device
-    if target is None:
-        target = torch.arange(start, start + CHUNK, device=device)
+    device, total = first.device, sum(bands)
+    target = torch.arange(start, start + CHUNK, device=device) if target is None else target
 
-    # (1) History patchification: latents of the past, right-aligned after zeros, in the three bands of the native
-    # model, and the warp behind those of the short band, where it goes through the same patch embedding at full
-    # detail.
+    # (1) History patchification: the past, right-aligned after zeros, lies in the three bands of the native model, each
+    # with its own patch embedding. The first frame and the warp join a band, and go through what the band goes through.
     blank = previous.new_zeros(*previous.shape[:2], total - previous.shape[2], *previous.shape[3:])
-    window = torch.cat([blank, previous], dim=2)
-    long, mid, short = window.split(bands, dim=2)
+    past = torch.cat([blank, previous], dim=2)
 
-    # (2) Target-aligned time indices: the first frame is 0, the past precedes the target, and the warp has its indices.
-    time_long, time_mid, time_short = torch.arange(start - total, start, device=device).split(bands)
-    time_first = torch.zeros(1, dtype=torch.long, device=device)
+    # (2) Target-aligned indices: the first frame has time 0, the past precedes the target, the warp has its time.
+    past_time = torch.arange(start - total, start, device=device)
+    first_time = torch.zeros(1, dtype=torch.long, device=device)
 
-    # (3) Visible-token selection: blank frames and what the warp doesn't show are invisible; such tokens are dropped.
-    seen = torch.cat([torch.zeros_like(blank[:1, :1]), torch.ones_like(previous[:1, :1])], dim=2)
-    seen_long, seen_mid, seen_short = seen.split(bands, dim=2)
-    seen_first = torch.ones_like(first[:1, :1])
+    # (3) Visible-token selection: blanks, and what the warp does not show, are invisible; such tokens are dropped.
+    past_seen = torch.cat([torch.zeros_like(blank[:1, :1]), torch.ones_like(previous[:1, :1])], dim=2)
+    first_seen = torch.ones_like(first[:1, :1])
 
-    def band(*parts: tuple[Tensor, Tensor, Tensor]) -> Band | None:
-        latents, time, shown = zip(*parts)
-        dropping = torch.cat(shown, dim=2) if drop else None
-        return Band(torch.cat(latents, dim=2), torch.cat(time), dropping) if sum(map(len, time)) else None
+    pieces = zip(past.split(bands, dim=2), past_time.split(bands), past_seen.split(bands, dim=2))
+    parts = {name: [piece] for name, piece in zip(("long", "mid", "short"), pieces)}
+    parts["short"].insert(0, (first, first_time, first_seen))
+    if warp is not None and visible is not None:
+        parts[warp_band].append((warp, target if warp_time is None else warp_time, visible))
+    joined = {name: join_bands(band, drop) for name, band in parts.items()}
+    return History(**joined, indices=target, threshold=threshold)
 
-    led = [] if warp is None else [(warp, target if warp_time is None else warp_time, visible)]
-    return History(
-        short=band((first, time_first, seen_first), (short, time_short, seen_short), *led),
-        mid=band((mid, time_mid, seen_mid)), long=band((long, time_long, seen_long)),
-        indices=target, threshold=threshold)
+
+def join_bands(parts: list[tuple[Tensor, Tensor, Tensor]], drop: bool) -> Band | None:
+    """A band of latents, their time indices and visibility, one part after another; without `drop` all is visible."""
+    latents, time, seen = (torch.cat(each, dim) for each, dim in zip(zip(*parts), (2, 0, 2)))
+    return Band(latents, time, seen if drop else None) if len(time) else None
 
 
 def mask_latents(visible: Tensor, frames: int = CHUNK) -> Tensor:
-    """Visibility [1, 1, T, H, W] of a chunk on the latent grid: that of every fourth frame, [1, 1, frames, H/8,
-    W/8]."""
+    """Visibility [1, 1, T, H, W] of a chunk on the latent grid: of every fourth frame, [1, 1, frames, H/8, W/8]."""
     index = torch.arange(0, 4 * frames, 4, device=visible.device).clamp(max=visible.shape[2] - 1)
     height, width = visible.shape[3:]
     return resize_volume(visible[:, :, index], torch.Size((frames, height // 8, width // 8))).clamp(0, 1)
@@ -109,6 +107,8 @@ class Options:
     zero_steps: int | None = 1  # with zero_star the first zero_steps + 1 steps predict zero; none: no step does
     amplify_first_chunk: bool = True  # the first chunk takes twice the steps (dmd sampler only)
     align: bool = True  # the warp has the target's time indices; off: it precedes the target
+    warp_fill: str = "mean"  # of what the warp does not show; or smooth (from around it), or black
+    warp_band: str = "short"  # which the warp joins; or mid: a quarter of the tokens, the realtime recipe
     drop: bool = True  # history tokens without a visible source are dropped
     threshold: float = 0.1  # least visible share of a kept token
     warp_noise: bool = True  # warp and prefix get a little noise, as history had in training
@@ -131,6 +131,10 @@ class Options:
             ("threshold", 0 <= self.threshold <= 1, "from 0 to 1"),
             ("warp_sigma image_sigma", 0 <= min(sigmas) <= max(sigmas) <= 1, "two numbers from 0 to 1"),
             ("previous", min(self.previous) >= 0, "no negative numbers"),
+            ("warp_fill", self.warp_fill in FILLS, "mean, smooth or black"),
+            ("warp_band", self.warp_band in ("short", "mid"), "short or mid"),
+            ("warp_band previous", self.warp_band == "short" or self.previous[1] % 2 == 0,
+             "an even number of mid frames before a warp in that band, else a pair would mix both"),
         )
 
 
@@ -138,15 +142,15 @@ Some = TypeVar("Some", bound=Options)
 
 
 def model_options(weights: Path, defaults: Some = Options()) -> Some:
-    """The `defaults` with the official settings of the kind of checkpoint that `weights` holds, or a small model's
-    own."""
+    """The `defaults` with the official settings of the kind of checkpoint in `weights`, or a small model's own."""
     index, stages = read_index(weights), load_schedule(weights).stages
     steps = index.num_inference_steps or (2 if index.is_distilled else 20 if stages > 1 else 50)
     guidance = index.guidance_scale
     if guidance is None:
         guidance = 1.0 if index.is_distilled else 5.0
     zero_star = index.is_cfg_zero_star and not index.is_distilled
-    return replace(defaults, steps=(steps,) * stages, guidance=guidance, zero_star=zero_star)
+    return replace(defaults, steps=(steps,) * stages, guidance=guidance, zero_star=zero_star,
+                   warp_fill=index.warp_fill)
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout
@@ -163,8 +167,7 @@ CARRIED = ("given", "first_frame", "prefix", "noisy_prefix", "native", "earlier"
 
 
 class Rollout:
-    """One video, made chunk by chunk: each `next` takes the chunk's poses, or its warp, or nothing, and returns a
-    Chunk.
+    """One video, made chunk by chunk: each `next` takes the chunk's poses, or its warp, or nothing, and returns it.
 
     Memory does not grow with the number of chunks. `given` holds the latents that precede the first chunk (the official
     latent output puts them in front): the fake latent of an image, or those of a video.
@@ -297,8 +300,8 @@ class Rollout:
         previous = self.native[:, :, -1:] if self.chunk == 0 and options.previous[2] else self.earlier
         time = torch.arange(FIRST_TARGET, FIRST_TARGET + CHUNK, device=self.device)
         return pseudo_history(first, previous, options.previous, latents, visible, warp_time=time,
-                              target=time if options.align else time + CHUNK, drop=options.drop,
-                              threshold=options.threshold)
+                              target=time if options.align else time + CHUNK, warp_band=options.warp_band,
+                              drop=options.drop, threshold=options.threshold)
 
     # ---- a chunk
 
@@ -350,6 +353,7 @@ class Rollout:
                 if self.camera is None or warp is not None:
                     raise ValueError("poses need a camera, and no warp beside them")
                 warp = self.camera.warp(poses)
+            warp = None if warp is None else fill_warp(warp, self.options.warp_fill)
             noise = self.normal(CHUNK)
             native = self.native_history()
             led = None if warp is None else self.warp_history(warp)

@@ -20,6 +20,7 @@ class ModelIndex:
     height: int = 384
     width: int = 640
     keyframes: int = 8  # pictures that the geometry network sees together
+    warp_fill: str = "mean"  # what the holes of a warp get, as in `wah.Options`
     train: tuple[str, ...] = ()  # words for train.py's --set, before the user's own
 
     def __post_init__(self):
