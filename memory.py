@@ -180,9 +180,10 @@ class Camera:
     `Memory` is the other kind, which estimates geometry anew from what has been generated.
     """
 
-    def __init__(self, geometry: Geometry, size: tuple[int, int], unit: float | None = None):
+    def __init__(self, geometry: Geometry, size: tuple[int, int], unit: float | None = None,
+                 settings: RenderSettings = RenderSettings()):
         """unit: length of a path's unit in the geometry's; officially a tenth of the first frame's median depth."""
-        self.geometry, self.size = geometry, size
+        self.geometry, self.size, self.settings = geometry, size, settings
         self.unit = 0.1 * median_depth(geometry) if unit is None else unit
         self.first: Tensor | None = None  # pose of the picture's own camera: the first of all
 
@@ -195,9 +196,9 @@ class Camera:
         poses = scale_translation(hold(poses), self.unit)
         if self.first is None:
             self.first = poses[:1]
-            return render(self.geometry, normalize(poses, WINDOW), self.size)
+            return render(self.geometry, normalize(poses, WINDOW), self.size, self.settings)
         # The renderer's first frame is always the picture itself: it is put in front and taken off again.
-        warp = render(self.geometry, normalize(torch.cat([self.first, poses]), WINDOW + 1), self.size)
+        warp = render(self.geometry, normalize(torch.cat([self.first, poses]), WINDOW + 1), self.size, self.settings)
         return Warp(warp.frames[:, :, 1:], warp.visible[:, :, 1:])
 
     def remember(self, frame: Tensor) -> None:

@@ -308,8 +308,8 @@ def smooth_fill(frames: Tensor, visible: Tensor) -> Tensor:
 
 
 def fill_warp(warp: Warp, fill: str) -> Warp:
-    """The warp with its holes filled: "mean" leaves what was painted there, officially the picture's mean colour. The mask
-    stays as it is: filled pixels count as invisible."""
+    """The warp with its holes filled: "mean" leaves what is painted there, officially the picture's mean colour. The
+    mask stays as it is: filled pixels count as invisible."""
     if fill == "smooth":
         return replace(warp, frames=smooth_fill(warp.frames, warp.visible))
     if fill == "black":

@@ -16,7 +16,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -40,14 +40,14 @@ from files.writing import beside, check_outputs, fingerprint, replacing
 from geometry.camera import WINDOW, CameraPath, choose_fov, describe, move_path, path_error, retime
 from geometry.paths import load_path
 from geometry.pi3x import Pi3X, find_pi3x, pi3x_source
-from geometry.surface import estimate, place
+from geometry.surface import PIXEL_LIMIT, estimate, place
 from helios.flow import load_schedule
 from helios.index import check_weights, read_index
 from helios.load import MEMORY, default_weights, encode_prompts, files_read, find_lora, load_models, size_multiple
 from helios.lora import Lora, load_lora
 from memory import Camera, Memory
 from model import Helios
-from render import Warp, make_warp
+from render import RenderSettings, Warp, make_warp
 from wah import Chunk, Options, Rollout, model_options
 
 DATA = Path(__file__).parent / "data"
@@ -60,10 +60,18 @@ DEMO = {
 }
 
 
+PRESETS = {"official": {}, "realtime": {
+    "warp_band": "mid", "amplify_first_chunk": False, "threshold": 0.6, "warp_fill": "smooth", "samples": 2,
+    "geometry_pixels": 130_000}}  # and one step a stage
+
+
 @dataclass(frozen=True)
 class Settings(Options):
     """What --set reaches: how to sample, and what a run seldom needs otherwise."""
 
+    preset: str = "official"  # or realtime: one word for the settings of `PRESETS`, each of which can still be set
+    samples: int = 4  # of the surface, along each side of its quads
+    geometry_pixels: int | None = None  # at most, in the maps of a picture's geometry; none: the official 255,000
     geometry: Path | None = None  # Pi3X weights; none: Pi3X/model.safetensors in the weights' folder or beside it
     # pictures that Pi3X sees at once, the first and the latest; none: 8, or the weights' own
     keyframes: int | None = None
@@ -79,6 +87,9 @@ class Settings(Options):
         latents = self.latents
         require(
             self,
+            ("preset", self.preset in PRESETS, " or ".join(PRESETS)),
+            ("samples", 1 <= self.samples <= 16, "from 1 to 16"),
+            ("geometry_pixels", 1000 <= (self.geometry_pixels or 1000) <= 10**7, "from 1000 to 10000000"),
             ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
             ("fov", self.fov is None or 1 <= self.fov <= 179, "degrees from 1 to 179"),
             ("latents", latents is None or latents.suffix == ".safetensors", "a file name that ends in .safetensors"),
@@ -237,12 +248,19 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
 def load_settings(args: argparse.Namespace) -> Settings:
     """The words of --set over the official numbers for the weights."""
     args.weights = check_weights(args.weights)
-    return parse_settings(args.set, model_options(args.weights, Settings()))
+    defaults = model_options(args.weights, Settings())
+    named = [word.partition("=")[2] for word in args.set if word.startswith("preset=")]
+    if named and named[-1] == "realtime":
+        defaults = replace(defaults, steps=(1,) * len(defaults.steps), **PRESETS["realtime"])
+    return parse_settings(args.set, defaults)
 
 
 def choose_lora(args: argparse.Namespace, settings: Settings, led: bool = True) -> Lora | None:
-    file = find_lora(args.lora, args.weights, led)
+    file = find_lora(args.lora, args.weights, led, settings.warp_band)
     lora = None if file is None else load_lora(file, settings.device, network_dtype(settings.device))
+    if lora is not None and lora.warp_band != settings.warp_band:
+        raise ValueError(f"--lora {file}: trained with the warp in the {lora.warp_band} band, this run has it in the"
+                         f" {settings.warp_band} band (--set warp_band={lora.warp_band})")
     build(Helios, args.weights / "transformer").set_lora(lora)  # of another model: refused before weights are read
     return lora
 
@@ -270,20 +288,22 @@ def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, in
     """The picture and the camera in its geometry; says where that comes from."""
     picture = load_image(args.image)
     unit = 1.0 if path.unit == "meter" else None
+    rendering = RenderSettings(settings.samples)
     if args.depth is None and pi3x is not None:
         if settings.fov is not None:
             raise ValueError("--set fov: the field of view comes from Pi3X; it is used with --depth, or without Pi3X")
         image = fit_image(picture, size).to(settings.device)
         keyframes = settings.keyframes or read_index(args.weights).keyframes
-        camera = Memory(pi3x, image, size, keyframes=keyframes, unit=unit)
+        camera = Memory(pi3x, image, size, rendering, keyframes, unit, settings.geometry_pixels)
         source = f"Pi3X of {file}"
     else:
         if settings.keyframes is not None:
             raise ValueError("--set keyframes: there is no Pi3X here")
         fov = choose_fov(settings.fov, path)
         depth = None if args.depth is None else load_depth(args.depth)
-        image, geometry = place(picture, depth, fov, size, settings.device)
-        camera = Camera(geometry, size, unit)
+        image, geometry = place(picture, depth, fov, size, settings.device,
+                                settings.geometry_pixels or PIXEL_LIMIT)
+        camera = Camera(geometry, size, unit, rendering)
         source = args.depth or "neither Pi3X nor --depth, so the picture stands on a plane at depth 1"
         source = f"{source}, field of view {fov:g} degrees"
     print(f"geometry: {source}\ncamera: {describe(path)}; one unit of it is {camera.unit:.4g} of the geometry's")
@@ -313,7 +333,7 @@ def prepare(args: argparse.Namespace) -> Job:
     lora = choose_lora(args, settings, led)
     precision = str(network_dtype(settings.device)).removeprefix("torch.")
     print(f"weights {args.weights}, LoRA {lora.source if lora else 'none'}, {settings.device} in {precision},"
-          f" seed {args.seed}")
+          f" seed {args.seed}, preset {settings.preset}")
     frames, fps, file, pi3x = args.frames or WINDOW, args.fps or 16, None, None
     start, controls = Start(), iter([])
     if path is not None:

@@ -10,6 +10,7 @@ files/run.py. Left out: loss weights by noise level, gradient accumulation, batc
 """
 
 import argparse
+import json
 import math
 import shlex
 import sys
@@ -228,12 +229,13 @@ class Trainer:
                    for moment in ("exp_avg", "exp_avg_sq")}
         return {**self.tensors, **moments, "rng": self.generator.get_state()}
 
-    def result(self) -> tuple[dict[str, Tensor], dict]:
-        """The LoRA's tensors, and its settings as diffusers and PEFT read them."""
+    def result(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The LoRA's tensors, and its file's header: settings as diffusers and PEFT read them, and the warp's band."""
         recipe = self.recipe
         settings = {"r": recipe.rank, "lora_alpha": recipe.scale * recipe.rank, "target_modules": list(TARGETS)}
         tensors = {name: matrix.detach() for name, matrix in self.tensors.items()}
-        return tensors, {f"transformer.{key}": value for key, value in settings.items()}
+        settings = {f"transformer.{key}": value for key, value in settings.items()}
+        return tensors, {"lora_adapter_metadata": json.dumps(settings), "wah_warp_band": recipe.warp_band}
 
     def restore(self, path: Path, steps: int) -> None:
         """Take a state from its file. Raises ValueError naming what does not fit."""

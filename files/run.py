@@ -75,14 +75,14 @@ class Run:
         except OSError as error:
             raise OSError(f"{self.log}: could not be written ({error}); {self.last()}") from None
 
-    def save(self, step: int, state: dict[str, Tensor], lora: dict[str, Tensor], settings: dict) -> None:
-        """State, LoRA (with PEFT's `settings` in its header) and curve, each under another name until it is
+    def save(self, step: int, state: dict[str, Tensor], lora: dict[str, Tensor], about: dict[str, str]) -> None:
+        """State, LoRA (with what is said `about` it in its header) and curve, each under another name until it is
         complete."""
         header = {"run": json.dumps(self.about), "step": str(step)}
         try:
             with replacing({"state": self.state, "lora": self.lora, "curve": self.curve}, []) as files:
                 files["state"].write_bytes(save(state, header))
-                files["lora"].write_bytes(save(lora, header | {"lora_adapter_metadata": json.dumps(settings)}))
+                files["lora"].write_bytes(save(lora, header | about))
                 save_png(files["curve"], draw_curve([each["loss"] for each in self.metrics]))
         except OSError as error:
             raise OSError(f"{self.folder}: step {step} could not be saved ({error}); {self.last()}") from None

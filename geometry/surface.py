@@ -52,10 +52,10 @@ def geometry_size(height: int, width: int, limit: int = PIXEL_LIMIT) -> tuple[in
     return PATCH * max(rows, 1), PATCH * max(columns, 1)
 
 
-def map_size(height: int, width: int) -> tuple[int, int]:
+def map_size(height: int, width: int, limit: int = PIXEL_LIMIT) -> tuple[int, int]:
     """`geometry_size` where nothing official decides: 16 points for each of a thumbnail's pixels are as good as
     more."""
-    return geometry_size(height, width, min(PIXEL_LIMIT, 16 * height * width))
+    return geometry_size(height, width, min(limit, 16 * height * width))
 
 
 def fused(total: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
@@ -127,11 +127,12 @@ def transform(pose: Tensor, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
     return [fused(fused(a * x, y, b), z, c).add_(t) for a, b, c, t in pose[:3].tolist()]
 
 
-def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor | None = None) -> Geometry:
+def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor | None = None,
+                        limit: int = PIXEL_LIMIT) -> Geometry:
     """From `image` [1,3,H,W] in [-1,1], its `depth` [h,w] (unknown: not finite or not positive), `K` in its pixels. The
     colours are those of a larger copy of the image, if given: edges in them and in the depth then fall together."""
     height, width = image.shape[-2:]
-    size = map_size(height, width)
+    size = map_size(height, width, limit)
     known = depth.isfinite() & (depth > 0)
     weight = resize(known.float()[None, None], size)[0, 0]
     depth = resize(torch.where(known, depth, 0)[None, None], size)[0, 0] / weight  # unknown neighbours don't count
@@ -147,7 +148,7 @@ def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor |
 
 
 def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, int],
-          device: torch.device | str = "cpu") -> tuple[Tensor, Geometry]:
+          device: torch.device | str = "cpu", limit: int = PIXEL_LIMIT) -> tuple[Tensor, Geometry]:
     """A picture centre-cropped to the video `size`, [1,3,H,W] in [-1,1], and its geometry.
 
     `depth` [h,w] (None: a plane at depth 1) and the horizontal `fov_x` in degrees are those of the whole picture.
@@ -158,9 +159,9 @@ def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, i
     top, left = (round(n * (1 - share) / 2) for n, share in zip(depth.shape, (rows, columns)))
     depth = depth[top : len(depth) - top, left : depth.shape[1] - left].to(device)
     fov_x = 2 * math.degrees(math.atan(math.tan(math.radians(fov_x) / 2) * columns))
-    factor = max(1, round(map_size(*size)[0] / size[0]))  # 1 but for thumbnails
+    factor = max(1, round(map_size(*size, limit)[0] / size[0]))  # 1 but for thumbnails
     sharp = fit_image(picture, (factor * size[0], factor * size[1])).to(device)
-    return image, geometry_from_depth(image, depth, pinhole(fov_x, *size), sharp)
+    return image, geometry_from_depth(image, depth, pinhole(fov_x, *size), sharp, limit)
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from files.checkpoint import Network, load, weight_files
 from files.machine import network_dtype
 from helios.flow import Schedule, load_schedule
 from helios.index import read_index
+from helios.lora import lora_band
 from helios.stream import load_streamed
 from helios.text import Tokenizer, UMT5Encoder, encode_prompt
 from helios.vae import VAE
@@ -125,14 +126,20 @@ def default_weights() -> Path:
     return released if released.is_dir() else ROOT / "mini"
 
 
-def find_lora(choice: str, weights: Path, led: bool) -> Path | None:
-    """The LoRA file to use. It belongs to runs that a warp leads; plain Helios runs without."""
+RELEASED = {"short": "visible_lora_state_step1000.safetensors",
+            "mid": "visible_lora_state_step1000_efficient_patchmid.pt"}  # by the band that the warp was in
+
+
+def find_lora(choice: str, weights: Path, led: bool, band: str = "short") -> Path | None:
+    """The LoRA file to use; "auto" takes one that was trained with the warp in that `band`. It belongs to runs that a
+    warp leads; plain Helios runs without."""
     word = choice.lower()
     if word in ("off", "none", "no", "false", "null", "0", "") or (word == "auto" and not led):
         return None
     if word == "auto":
-        released = weights.parent / "warp-as-history" / "visible_lora_state_step1000.safetensors"
-        return next((path for path in (weights / "lora.safetensors", released) if path.is_file()), None)
+        released = weights.parent / "warp-as-history" / RELEASED[band]
+        own = weights / "lora.safetensors"
+        return next((path for path in (own, released) if path.is_file() and lora_band(path) == band), None)
     if not led:
         raise ValueError("--lora needs a camera: --poses, --move or --warp")
     return Path(choice)

@@ -147,6 +147,14 @@ def find_band(path: Path, header: dict[str, str]) -> str:
     return band
 
 
+def lora_band(path: Path) -> str:
+    """`find_band` of a file whose tensors are not needed."""
+    if path.suffix != ".safetensors":
+        return find_band(path, {})
+    with open_safetensors(path) as file:
+        return find_band(path, file.metadata() or {})
+
+
 # ------------------------------------------------------------------------------------------------------------- tensors
 
 

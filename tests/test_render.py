@@ -234,7 +234,7 @@ def test_identity_reproduces_the_source(depth, slope, fov):
     image = picture(28, 42)
     ramp = depth * (1 + slope * torch.linspace(0, 1, 28)[:, None].expand(28, 42))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(surface, "map_size", lambda height, width: (height, width))
+        patch.setattr(surface, "map_size", lambda height, width, *limit: (height, width))
         source = surface.geometry_from_depth(image, ramp, surface.pinhole(fov, 28, 42))
     _, (rgb, visible) = render_frames(source, torch.eye(4).repeat(2, 1, 1), RenderSettings(hole_radius=0))
     assert visible[1:-1, 1:-1].all()

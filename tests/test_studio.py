@@ -25,7 +25,7 @@ def pose(*move: float) -> torch.Tensor:
 @pytest.fixture
 def studio(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(surface, "map_size", lambda height, width: (56, 112))  # to be fast
+    monkeypatch.setattr(surface, "map_size", lambda height, width, *limit: (56, 112))  # to be fast
     with np.load(HELIOS / "pipeline_inputs.npz") as file:
         Image.fromarray(file["image"]).save("image.png")
     words = ["--weights", str(DISTILLED), "--size", "64x128", "--image", "image.png", "--prompt", "a car", "--set",

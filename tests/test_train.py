@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -313,7 +312,8 @@ FOV = math.degrees(2 * math.atan(0.5))
 def wall(tmp_path, monkeypatch):
     """40 frames of a video with known depth and camera, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(surface, "map_size", partial(geometry_size, limit=6_000))  # to be fast
+    small = lambda height, width, *limit: geometry_size(height, width, 6_000)  # to be fast
+    monkeypatch.setattr(surface, "map_size", small)
     frames, depth, c2w = side_scroll(40)
     np.save("wall.npy", frames)
     np.savez("depth.npz", depth)

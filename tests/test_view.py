@@ -31,7 +31,7 @@ def browser():
 def served(tmp_path, monkeypatch):
     """A function that serves the page with more words: its address."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(surface, "map_size", lambda height, width: (56, 112))  # to be fast
+    monkeypatch.setattr(surface, "map_size", lambda height, width, *limit: (56, 112))  # to be fast
     with np.load(HELIOS / "pipeline_inputs.npz") as file:
         Image.fromarray(file["image"]).save("image.png")
     servers = []

@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from functools import partial
 
 import goldens
 import numpy as np
@@ -233,7 +232,7 @@ def test_guided_runs(models, prompts, draws, case):
 @pytest.fixture
 def coarse(monkeypatch):
     """Geometry of few pixels, to be fast."""
-    monkeypatch.setattr(surface, "map_size", partial(geometry_size, limit=11_760))
+    monkeypatch.setattr(surface, "map_size", lambda height, width, *limit: geometry_size(height, width, 11_760))
 
 
 def room_camera(size) -> Camera:
