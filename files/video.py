@@ -37,9 +37,10 @@ def decode(path: Path) -> Iterator[np.ndarray]:
         raise ValueError(f"{path}: no such file or folder")
     try:
         with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
-            streams = [each for each in container.streams.video if not each.disposition & Disposition.attached_pic]
+            streams = [each for each in container.streams.video
+                       if each.codec_context is not None and not each.disposition & Disposition.attached_pic]
             if not streams:
-                raise ValueError("there is none in it")
+                raise ValueError("there is none in it, or none of a known codec")
             check_pixels(streams[0].codec_context.width, streams[0].codec_context.height)
             yield from decode_stream(path, container, streams[0])
     except (av.FFmpegError, ValueError) as error:

@@ -95,6 +95,15 @@ def test_frames_cut_the_output_alone(place):
     assert torch.equal(load_file("x.safetensors")["latents"], whole) and len(read("out.mp4")) == 7
 
 
+@pytest.mark.parametrize("words", [["--frames", "2"], ["--frames", "2", "--fps", "24", "--out", "a b.mp4"]])
+def test_the_encoder_is_tried_before_the_networks_are_loaded(place, monkeypatch, capsys, words):
+    monkeypatch.setattr("av.codecs_available", {"h264"})
+    monkeypatch.setattr("sample.encode_prompts", None)  # would be called first
+    before = set(place.iterdir())
+    assert sample(*words) == 2
+    assert "no encoder libx264" in capsys.readouterr().err and set(place.iterdir()) == before
+
+
 def test_a_video_to_continue_is_resized_as_it_is_read(monkeypatch):
     """Never more than one frame at its own size in memory, the rest as 8 bit."""
     alive = []

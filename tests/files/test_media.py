@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from goldens import GEOMETRY, check, tensors
@@ -20,7 +21,8 @@ def test_fit_equals_the_official_crop(case):
     golden = tensors(GEOMETRY / "poses.safetensors")
     expected = golden[f"crop/{case}_out"]
     fitted = media.fit_image(Image.fromarray(golden[f"crop/{case}_in"].numpy()), tuple(expected.shape[:2]))
-    check("Crop and resize (grey levels)", (fitted[0].permute(1, 2, 0) + 1) * 127.5, expected, 1e-4)
+    tolerance = 1e-4 if int(PIL.__version__.split(".")[0]) >= 13 else 2  # the official numbers are of Pillow 13
+    check("Crop and resize (grey levels)", (fitted[0].permute(1, 2, 0) + 1) * 127.5, expected, tolerance)
 
 
 def test_stretch_keeps_the_whole_picture():

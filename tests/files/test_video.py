@@ -213,6 +213,29 @@ def test_sound_alone_is_no_video(tmp_path):
         media.load_video(tmp_path / "a.mp4")
 
 
+def test_an_unknown_codec(tmp_path):
+    encode(tmp_path / "v.mp4", [SMOOTH] * 3)
+    (tmp_path / "v.mp4").write_bytes((tmp_path / "v.mp4").read_bytes().replace(b"avc1", b"avq1"))
+    with pytest.raises(ValueError, match="v.mp4: not a readable video .*known codec"):
+        media.load_video(tmp_path / "v.mp4")
+
+
+@pytest.mark.parametrize("text", ["#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2.5,\nv.ts\n#EXT-X-ENDLIST\n",
+                                  "ffconcat version 1.0\nfile v.ts\n"])
+def test_a_video_never_leads_to_other_files(tmp_path, text):
+    write(tmp_path / "v.mp4", [SMOOTH] * 3)
+    (tmp_path / "v.mp4").rename(tmp_path / "v.ts")
+    (tmp_path / "list.mp4").write_text(text)
+    with pytest.raises(ValueError, match="list.mp4: not a readable video"):
+        media.load_video(tmp_path / "list.mp4")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device on this system")
+def test_a_full_disk_is_said_in_the_systems_words():
+    with pytest.raises(OSError, match="/dev/full: the video could not be written .No space left on device"):
+        video.write_video(Path("/dev/full"), np.stack([SMOOTH] * 3), 16)
+
+
 @pytest.mark.parametrize("name", ["v.mp4", "v.mkv", "v.mov"])
 def test_frames_of_variable_rate(tmp_path, name):
     """As many as there are, whatever their times."""
