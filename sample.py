@@ -80,7 +80,7 @@ class Settings(Options):
     check: bool = False  # measures seams, drift and, with Pi3X, the camera of the video: out_check.json
     latents: Path | None = None  # also writes the latents (.safetensors, key `latents`)
     compile: bool = False  # torch.compile the transformer: slow to begin, faster then
-    device: str = default_device()  # cpu, cuda or cuda:N; none given: cuda if there is one
+    device: str = default_device()  # cpu, mps, cuda or cuda:N; none given: cuda if there is one
 
     def __post_init__(self):
         super().__post_init__()

@@ -420,7 +420,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     going.add_argument("--resume", action="store_true", help="go on where the run in --out was saved")
     going.add_argument("--overwrite", action="store_true", help="start anew although --out holds a run")
     parser.add_argument("--memory", choices=MEMORY, default="full", help="how the weights are held, as in sample.py")
-    parser.add_argument("--device", default=default_device(), help="cpu, cuda or cuda:N (default: cuda if there"
+    parser.add_argument("--device", default=default_device(), help="cpu, mps, cuda or cuda:N (default: cuda if there"
                                                                    " is one)")
     return argparse.Namespace(**vars(parser.parse_args(words)), words=words)
 

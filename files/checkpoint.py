@@ -49,7 +49,7 @@ def open_safetensors(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from None
+        raise ValueError(f"{path}: not a complete safetensors file ({str(error)[:200]})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------- json
@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict:
 
 def conform(value: Any, kind: Any) -> Any:
     """A JSON value as the annotated type of a config's field: lists become tuples. Raises
-    TypeError for another type, a negative integer, and for numbers that are not finite or beyond 1e9."""
+    TypeError for another type, a negative integer, a long text, and for numbers that are not finite or beyond 1e9."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return None if value is None else conform(value, inner[0])
@@ -107,7 +107,9 @@ def conform(value: Any, kind: Any) -> Any:
             return tuple(map(conform, value, kinds))
     elif kind is float and type(value) in (int, float) and abs(value) <= 1e9:
         return value
-    elif type(value) is kind and kind in (bool, str) or kind is int and type(value) is int and 0 <= value <= 1e9:
+    elif kind is bool and type(value) is bool or kind is str and type(value) is str and len(value) <= 500:
+        return value
+    elif kind is int and type(value) is int and 0 <= value <= 1e9:
         return value
     raise TypeError
 

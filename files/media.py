@@ -173,7 +173,8 @@ def load_depth(path: str | Path) -> Tensor:
         depth = arrays["depth"] if "depth" in arrays else next(iter(arrays.values()))
     if depth.ndim != 2 or depth.dtype.kind not in "fiu":
         raise ValueError(f"{path}: array of shape {depth.shape}, type {depth.dtype}, expected numbers [height, width]")
-    depth = torch.from_numpy(depth.astype(np.float32))
+    with np.errstate(over="ignore"):  # too far is unknown
+        depth = torch.from_numpy(depth.astype(np.float32))
     if not (depth.isfinite() & (depth > 0)).any():
         raise ValueError(f"{path}: no depth is finite and positive")
     return depth
