@@ -54,8 +54,8 @@ def smooth_focals(geometries: list[Geometry]) -> list[Geometry]:
 
 def depth_ratio(geometry: Geometry, reference: Geometry) -> float:
     """How much deeper `reference` is, another estimate of the same picture: a trimmed median, 1 without overlap."""
-    size = tuple(geometry.depth.shape)
-    if reference.depth.shape != size:
+    size = geometry.size
+    if reference.size != size:
         valid = F.interpolate(reference.valid[None, None].float(), size)[0, 0] > 0.5
         reference = replace(reference, depth=resize(reference.depth[None, None], size)[0, 0], valid=valid)
     known = geometry.valid & geometry.has_depth() & reference.valid & reference.has_depth()
@@ -120,7 +120,7 @@ def atlas_colors(geometries: list[Geometry]) -> Atlas:
     total = torch.zeros(math.prod(ATLAS), 4, dtype=torch.int32, device=geometries[0].depth.device)  # r, g, b, count
     for geometry in geometries:
         mask = background_mask(geometry)
-        rays = pixel_rays(geometry.c2w, geometry.K, tuple(mask.shape), mask.device)
+        rays = pixel_rays(geometry.c2w, geometry.K, geometry.size, mask.device)
         values = F.pad(geometry.rgb[mask].int(), (0, 1), value=1)
         total.index_add_(0, texels(rays[mask]), values)  # whole numbers: exact in every order
     rgb, count = total.cpu().double().view(*ATLAS, 4).split([3, 1], dim=-1)
@@ -171,7 +171,7 @@ def render_keyframes(geometries: list[Geometry], poses: Tensor,
     latest, atlas = geometries[-1], fill_rows(atlas_colors(geometries))
     intrinsics = latest.K.expand(len(poses), 3, 3)
     return render_samples(keyframe_samples(geometries, settings), latest, poses, settings, intrinsics,
-                          lambda c2w, K: look_up(atlas, c2w, K, tuple(latest.depth.shape)))
+                          lambda c2w, K: look_up(atlas, c2w, K, latest.size))
 
 
 class Camera:

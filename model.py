@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from files.checkpoint import Network, few
+from files.checkpoint import Layers, Network, few
 from helios.lora import Lora
 
 
@@ -97,18 +97,18 @@ class Context:
     rope: Tensor  # [N_history + N_target, 1, head_dim / 2] complex
 
 
-def pad_to_multiple(x: Tensor, kernel: tuple[int, int, int]) -> Tensor:
+def pad_to_multiple(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """Replicate the last frame, row and column of [B, C, T, H, W] until the sizes are multiples of `kernel`."""
     t, h, w = (-size % k for size, k in zip(x.shape[-3:], kernel))
     return F.pad(x, (0, w, 0, h, 0, t), mode="replicate") if t or h or w else x
 
 
-def pool(x: Tensor, kernel: tuple[int, int, int]) -> Tensor:
+def pool(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """Mean over blocks of `kernel` in [B, C, T, H, W], padded at the ends."""
     return F.avg_pool3d(pad_to_multiple(x, kernel), kernel)
 
 
-def patches(x: Tensor, kernel: tuple[int, int, int]) -> Tensor:
+def patches(x: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """[B, C, T, H, W] -> [B, tokens, C * kernel], row-major; rows and columns that fill no patch are cut off."""
     t, h, w = (size // k * k for size, k in zip(x.shape[-3:], kernel))
     return rearrange(x[..., :t, :h, :w], "b c (t pt) (h ph) (w pw) -> b (t h w) (c pt ph pw)",
@@ -135,7 +135,7 @@ def rope_table(indices: Tensor, height: int, width: int, config: HeliosConfig) -
     return torch.polar(torch.ones_like(angle), angle)
 
 
-def pooled_rope(table: Tensor, kernel: tuple[int, int, int]) -> Tensor:
+def pooled_rope(table: Tensor, kernel: tuple[int, ...]) -> Tensor:
     """Kept for checkpoint compatibility: a coarse token's rotation is the mean of its cells' cosines and sines, which
     is shorter than 1."""
     parts = rearrange(torch.view_as_real(table), "t h w d two -> 1 (d two) t h w")
@@ -156,10 +156,11 @@ class Linear(nn.Linear):
     """
 
     adapter: tuple[Tensor, Tensor, float] | None = None  # A [r, in], B [out, r], alpha / r
+    scale: Tensor | None  # [out] of a weight in float8 (`checkpoint.quantize`)
 
     def __init__(self, into: int, out: int):
         super().__init__(into, out)
-        self.register_buffer("scale", None, persistent=False)  # [out] of a weight in float8 (`checkpoint.quantize`)
+        self.register_buffer("scale", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
@@ -330,7 +331,7 @@ class Helios(Network):
 
         self.patch_embedding, self.patch_short, self.patch_mid, self.patch_long = patch(1), patch(1), patch(2), patch(4)
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = Layers[Block](Block(config) for _ in range(config.num_layers))
         self.norm_out = OutputNorm(config.dim)
         self.proj_out = nn.Linear(config.dim, config.out_channels * math.prod(config.patch_size))
 
@@ -350,17 +351,17 @@ class Helios(Network):
             tokens, rope = tokens[:, keep], rope[keep]
         return embed(tokens, conv), rope
 
-    def context(self, history: History, shape: tuple[int, int, int]) -> Context:
+    def context(self, history: History, shape: tuple[int, ...]) -> Context:
         """History and target positions for target latents of `shape` (frames, height, width)."""
         frames, height, width = (size // k for size, k in zip(shape, self.config.patch_size))
         device = self.proj_out.weight.device
         parts = []
         if history.short is not None:
-            grid = tuple(size // k for size, k in zip(history.short.latents.shape[-2:], self.config.patch_size[1:]))
+            _, rows, columns = (size // k for size, k in zip(history.short.latents.shape[-3:], self.config.patch_size))
             for band, conv, scale in ((history.long, self.patch_long, 4), (history.mid, self.patch_mid, 2),
                                       (history.short, self.patch_short, 1)):
                 if band is not None:
-                    parts.append(self.band_tokens(band, conv, grid, scale, history.threshold))
+                    parts.append(self.band_tokens(band, conv, (rows, columns), scale, history.threshold))
         elif history.mid is not None or history.long is not None:
             raise ValueError("history: a mid or long band needs a short band")
         indices = torch.arange(frames, device=device) if history.indices is None else history.indices
@@ -444,7 +445,7 @@ class Helios(Network):
             expected = list(layers[name].weight.shape) if name in layers else None
             if expected and ([len(up), down.shape[1]] != expected or up.shape[1] != len(down)):
                 problems.append(f"{name}: A {list(down.shape)} and B {list(up.shape)} for a weight {expected}")
-        if problems:
+        if lora is not None and problems:
             raise ValueError(f"{lora.source}: not a LoRA of this model: {few(problems)}")
         for name, layer in layers.items():
             layer.adapter = adapters.get(name)

@@ -158,10 +158,10 @@ def sample_quads(points: Tensor, rgb: Tensor, quads: Tensor, samples: int) -> Sa
     v, u = steps.repeat_interleave(samples)[:, None], steps.repeat(samples)[:, None]  # [S*S, 1]
     weights = ((1 - v) * (1 - u), v * (1 - u), v * u, (1 - v) * u)  # around the quad: the order decides the last bit
     corners = [values[quads + offset].T.contiguous() for offset in (0, width, width + 1, 1)]  # [6, Q]
-    xyz = sum(weight * corner[:3, None] for weight, corner in zip(weights, corners))  # [3, S*S, Q]
-    color = sum(weight * corner[3:, None] for weight, corner in zip(weights, corners)).to(torch.uint8)
+    products = (weight * corner[:, None] for weight, corner in zip(weights, corners))  # [6, S*S, Q]
+    xyz, color = sum(products, next(products)).split(3)
     xy = torch.stack([quads % width + u, quads // width + v], dim=-1)  # [S*S, Q, 2]
-    return Samples(xyz.flatten(1), rearrange(color, "c s q -> (s q) c").contiguous(), xy.flatten(0, 1))
+    return Samples(xyz.flatten(1), rearrange(color.to(torch.uint8), "c s q -> (s q) c").contiguous(), xy.flatten(0, 1))
 
 
 def own_surface(geometry: Geometry) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,7 +241,7 @@ def render_samples(samples: Samples, source: Geometry, poses: Tensor, settings: 
     yield source.rgb, torch.ones_like(source.valid)
     for pose, K in zip(poses[1:], intrinsics[1:]):
         c2w = product(source_pose, pose)
-        rgb, xy, visible = splat(samples, c2w, K, tuple(source.depth.shape))
+        rgb, xy, visible = splat(samples, c2w, K, source.size)
         if settings.hole_radius:
             rgb, visible = fill_holes(rgb, xy, visible, picture, settings.hole_radius, settings.min_neighbors)
         if backdrop is not None:

@@ -316,12 +316,12 @@ class Rollout:
         """The guided model of one stage, with all that stays the same over its steps prepared: led by the warp in the
         first one, where alone the LoRA and its prompt are active."""
         options, transformer = self.options, self.models.transformer
-        leading = stage == 0 and led is not None
-        lora = self.lora if leading else None
+        history = native if stage > 0 or led is None else led
+        lora = None if history is native else self.lora
         transformer.set_lora(lora)
         text = self.text("plain" if lora is None else "trigger", lora is not None)
         negative = self.text("negative", lora is not None) if options.guidance > 1 else None
-        context = transformer.context(led if leading else native, shape[2:])
+        context = transformer.context(history, shape[2:])
         cost = transformer.flops(context, text[0][0].shape[1]) * (1 if negative is None else 2)
         zeroed = options.zero_steps + 1 if options.zero_star and options.zero_steps is not None and stage == 0 else 0
 

@@ -9,11 +9,11 @@ unexpected or mis-shaped is named. Nothing is ever unpickled.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -196,6 +196,16 @@ class Network(nn.Module):
 
 
 N = TypeVar("N", bound=Network)
+L = TypeVar("L", bound=nn.Module)
+
+
+class Layers(nn.ModuleList, Generic[L]):
+    """A ModuleList that says what it holds."""
+
+    if TYPE_CHECKING:
+        def __iter__(self) -> Iterator[L]: ...
+
+        def __getitem__(self, index: int) -> L: ...
 
 
 class NoInitialisers(TorchFunctionMode):

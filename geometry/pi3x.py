@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from files.checkpoint import Network, build_from, count_numbers, fill, open_safetensors
+from files.checkpoint import Layers, Network, build_from, count_numbers, fill, open_safetensors
 from files.machine import free_memory, network_dtype
 
 HEAD_DIM = 64  # of every attention: the one size that no shape tells
@@ -105,8 +105,12 @@ class Pi3XConfig:
             encoder_hidden=size("encoder.blocks.0.mlp.fc1.weight", 0),
             decoder_blocks=count("decoder"),
             decoder_hidden=size("decoder.1.mlp.fc1.weight", 0),  # 1, as the branches need two blocks
-            **{name: branch(f"{name}_decoder") for name in ("point", "conf", "camera", "metric")},
-            **{name: head(name) for name in ("point_head", "conf_head")},
+            point=branch("point_decoder"),
+            conf=branch("conf_decoder"),
+            camera=branch("camera_decoder"),
+            metric=branch("metric_decoder"),
+            point_head=head("point_head"),
+            conf_head=head("conf_head"),
         )
 
 
@@ -198,6 +202,15 @@ def resize_positions(table: Tensor, height: int, width: int) -> Tensor:
     return torch.cat([table[:, :1], rearrange(grid, "1 d h w -> 1 (h w) d")], dim=1)
 
 
+class PatchEmbed(nn.Module):
+    def __init__(self, dim: int, patch: int):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images.to(self.proj.weight.dtype))
+
+
 class Encoder(nn.Module):
     """DINOv2 with registers. Pictures [F, 3, H, W] -> patch tokens [F, P, D], row-major."""
 
@@ -207,13 +220,12 @@ class Encoder(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, dim))
-        self.patch_embed = nn.Module()  # a mere name in the checkpoint's keys
-        self.patch_embed.proj = nn.Conv2d(3, dim, config.patch, stride=config.patch)
-        self.blocks = nn.ModuleList(Block(dim, config.encoder_hidden, scale=True) for _ in range(config.encoder_blocks))
+        self.patch_embed = PatchEmbed(dim, config.patch)
+        self.blocks = Layers[Block](Block(dim, config.encoder_hidden, scale=True) for _ in range(config.encoder_blocks))
         self.norm = norm(dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = self.patch_embed.proj(images.to(self.patch_embed.proj.weight.dtype))
+        patches = self.patch_embed(images)
         height, width = patches.shape[-2:]
         positions = resize_positions(self.pos_embed, height, width)
         first = torch.cat([self.cls_token + positions[:, :1], self.register_tokens], dim=1)  # these without position
@@ -230,7 +242,7 @@ class BranchDecoder(nn.Module):
     def __init__(self, dim_in: int, sizes: Branch):
         super().__init__()
         self.projects = Linear(dim_in, sizes.dim)
-        self.blocks = nn.ModuleList(Block(sizes.dim, sizes.hidden) for _ in range(sizes.blocks))
+        self.blocks = Layers[Block](Block(sizes.dim, sizes.hidden) for _ in range(sizes.blocks))
         self.linear_out = Linear(sizes.dim, sizes.out)
 
     def forward(self, tokens: Tensor, rope: Tensor) -> Tensor:
@@ -240,6 +252,32 @@ class BranchDecoder(nn.Module):
         return self.linear_out(x)
 
 
+class CrossAttention(nn.Module):
+    """[B, 1, D] reads [B, S, D]; it stands at (0, 0) of the rotary embedding, so that only the keys are rotated."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.q_proj, self.k_proj = Linear(dim, dim), Linear(dim, dim)
+        self.v_proj, self.proj = Linear(dim, dim), Linear(dim, dim)
+
+    def forward(self, x: Tensor, context: Tensor, rope: Tensor) -> Tensor:
+        projected = self.q_proj(x), self.k_proj(context), self.v_proj(context)
+        q, k, v = (rearrange(y, "b n (h d) -> b h n d", d=HEAD_DIM) for y in projected)
+        return self.proj(rearrange(F.scaled_dot_product_attention(q, rotate(k, rope), v), "b h n d -> b n (h d)"))
+
+
+class CrossBlock(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.norm2, self.norm_y, self.norm3 = norm(dim), norm(dim), norm(dim)
+        self.mlp = mlp(dim, hidden)
+        self.cross_attn = CrossAttention(dim)
+
+    def forward(self, x: Tensor, tokens: Tensor, rope: Tensor) -> Tensor:
+        x = x + self.cross_attn(self.norm2(x), self.norm_y(tokens), rope)
+        return x + self.mlp(self.norm3(x))
+
+
 class MetricDecoder(nn.Module):
     """One query [B, 1, 2D] reads the tokens of all pictures [B, N * S, 2D] -> [B, 1, out]."""
 
@@ -247,25 +285,13 @@ class MetricDecoder(nn.Module):
         super().__init__()
         dim = sizes.dim
         self.projects_x, self.projects_y = Linear(dim_in, dim), Linear(dim_in, dim)
-        projections = ("q_proj", "k_proj", "v_proj", "proj")
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({
-                "norm2": norm(dim), "norm_y": norm(dim), "norm3": norm(dim), "mlp": mlp(dim, sizes.hidden),
-                "cross_attn": nn.ModuleDict({name: Linear(dim, dim) for name in projections}),
-            })
-            for _ in range(sizes.blocks)
-        )
+        self.blocks = Layers[CrossBlock](CrossBlock(dim, sizes.hidden) for _ in range(sizes.blocks))
         self.linear_out = Linear(dim, sizes.out)
 
     def forward(self, query: Tensor, tokens: Tensor, rope: Tensor) -> Tensor:
         x, tokens = self.projects_x(query).float(), self.projects_y(tokens).float()
         for block in self.blocks:
-            cross, context = block.cross_attn, block.norm_y(tokens)
-            projected = cross.q_proj(block.norm2(x)), cross.k_proj(context), cross.v_proj(context)
-            q, k, v = (rearrange(y, "b n (h d) -> b h n d", d=HEAD_DIM) for y in projected)
-            y = F.scaled_dot_product_attention(q, rotate(k, rope), v)  # the query is at (0, 0): no rotation
-            x = x + cross.proj(rearrange(y, "b h n d -> b n (h d)"))
-            x = x + block.mlp(block.norm3(x))
+            x = block(x, tokens, rope)
         return self.linear_out(x)
 
 
@@ -280,10 +306,14 @@ def append_view_plane(x: Tensor, aspect: float) -> Tensor:
     return torch.cat([x, torch.stack(torch.meshgrid(u, v, indexing="xy")).expand(len(x), -1, -1, -1)], dim=1)
 
 
-def residual(dim: int) -> nn.ModuleDict:
-    first, second = nn.GroupNorm(1, dim), nn.GroupNorm(2 * dim // GROUP, 2 * dim)
-    layers = first, nn.ReLU(), conv3x3(dim, 2 * dim), second, nn.ReLU(), conv3x3(2 * dim, dim)
-    return nn.ModuleDict({"layers": nn.Sequential(*layers)})
+class ResidualConv(nn.Module):
+    def __init__(self, dim: int):
+        super().__init__()
+        first, second = nn.GroupNorm(1, dim), nn.GroupNorm(2 * dim // GROUP, 2 * dim)
+        self.layers = nn.Sequential(first, nn.ReLU(), conv3x3(dim, 2 * dim), second, nn.ReLU(), conv3x3(2 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
 
 
 class ConvHead(nn.Module):
@@ -291,10 +321,10 @@ class ConvHead(nn.Module):
 
     def __init__(self, dim: int, levels: tuple[tuple[int, int], ...], outputs: tuple[int, ...]):
         super().__init__()
-        self.upsample_blocks = nn.ModuleList()
+        self.upsample_blocks = Layers[nn.ModuleList]()
         for width, blocks in levels:
             upsample = nn.Sequential(nn.ConvTranspose2d(dim + 2, width, 2, stride=2), conv3x3(width, width))
-            self.upsample_blocks.append(nn.ModuleList([upsample, *(residual(width) for _ in range(blocks))]))
+            self.upsample_blocks.append(nn.ModuleList([upsample, *(ResidualConv(width) for _ in range(blocks))]))
             dim = width
         self.output_block = nn.ModuleList(
             nn.Sequential(conv3x3(dim + 2, 32), nn.ReLU(), nn.Conv2d(32, channels, 1)) for channels in outputs
@@ -304,7 +334,7 @@ class ConvHead(nn.Module):
         for upsample, *blocks in self.upsample_blocks:
             x = upsample(append_view_plane(x, width / height))
             for block in blocks:
-                x = x + block.layers(x)
+                x = block(x)
         x = F.interpolate(x, (height, width), mode="bilinear")  # 8 times the patch grid -> 14 times
         x = append_view_plane(x, width / height)
         return rearrange(torch.cat([block(x) for block in self.output_block], dim=1), "f c h w -> f h w c")
@@ -315,7 +345,7 @@ class CameraHead(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.res_conv = nn.ModuleList(
+        self.res_conv = Layers[nn.ModuleDict](
             nn.ModuleDict({f"res_conv{index}": nn.Linear(dim, dim) for index in (1, 2, 3)}) for _ in range(2)
         )
         self.more_mlps = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
@@ -364,6 +394,8 @@ class Pi3X(Network):
     fp32 = ("norm", "gamma", "token", "pos_embed", "image_", "_head.")  # stay fp32 in a bf16 model
     rotation = staticmethod(nearest_rotation)  # of the camera head's nine numbers; training sets another
     ignored = ("depth_encoder.", "depth_emb", "ray_embed.", "pose_inject_blk.")  # the multimodal branch
+    image_mean: Tensor
+    image_std: Tensor
 
     def __init__(self, config: Pi3XConfig):
         super().__init__()
@@ -373,7 +405,7 @@ class Pi3X(Network):
         self.register_buffer("image_std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
         self.encoder = Encoder(config)
         self.register_token = nn.Parameter(torch.zeros(1, 1, config.specials, dim))
-        self.decoder = nn.ModuleList(
+        self.decoder = Layers[Block](
             Block(dim, config.decoder_hidden, scale=True, qk_norm=True) for _ in range(config.decoder_blocks)
         )
         self.point_decoder = BranchDecoder(2 * dim, config.point)

@@ -36,6 +36,11 @@ class Geometry:
     c2w: Tensor  # [4, 4]
     rgb: Tensor  # [H, W, 3] uint8
 
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.depth.shape
+        return height, width
+
     def has_depth(self) -> Tensor:
         return self.depth.isfinite() & (self.depth > 0)
 
@@ -177,10 +182,10 @@ def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None) -> l
         pictures = torch.cat([resize((image / 2 + 0.5).clamp(0, 1), size) for image in images])
         return pictures.to(network.image_mean.device)
 
-    shape = images[-1].shape[-2:]
-    size = seen = geometry_size(*shape, PIXEL_LIMIT if limit is None else limit)
+    height, width = images[-1].shape[-2:]
+    size = seen = geometry_size(height, width, PIXEL_LIMIT if limit is None else limit)
     if limit is None and network.config.pixels < PIXEL_LIMIT:
-        size, seen = map_size(*shape), geometry_size(*shape, network.config.pixels)
+        size, seen = map_size(height, width), geometry_size(height, width, network.config.pixels)
     prediction = network(show(seen)[None])
     if not all(x.isfinite().any() for x in (prediction.points, prediction.confidence, prediction.c2w)):
         raise ValueError("Pi3X: its geometry is not finite; are its weights damaged?")

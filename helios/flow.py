@@ -9,7 +9,7 @@ official trainer; schedule numbers are float64, latents float32. Left out: other
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -132,7 +132,8 @@ def timesteps(schedule: Schedule, stage: int, steps: int, mu: float, amplify: bo
         table = stage_tables(schedule)[stage]
         high, low = table.timesteps[[0, -1]].tolist()
         points = steps + 1 if dmd_steps else steps  # kept for parity: only dmd leaves the stage's last point out
-        sigmas = torch.linspace(*table.sigmas[[0, -1]].tolist(), points, dtype=torch.float64)[:steps]
+        start, end = table.sigmas[[0, -1]].tolist()
+        sigmas = torch.linspace(start, end, points, dtype=torch.float64)[:steps]
         times = torch.linspace(high, low, points, dtype=torch.float64)[:steps]
     if schedule.use_dynamic_shifting:
         sigmas = shift_sigmas(sigmas, mu if schedule.time_shift_type == "linear" else math.exp(mu))
@@ -231,7 +232,7 @@ def renoise(x: Tensor, schedule: Schedule, stage: int, generator: torch.Generato
     return table.alpha * x + table.beta * block_noise(x.shape, schedule.gamma, generator, x.device)
 
 
-def sample(velocity_for: Callable[[int, torch.Size], Velocity], noise: Tensor, schedule: Schedule, steps: list[int],
+def sample(velocity_for: Callable[[int, torch.Size], Velocity], noise: Tensor, schedule: Schedule, steps: Sequence[int],
            generator: torch.Generator, amplify: bool = False, where: str = "") -> Tensor:
     """One chunk of latents from full-size float32 noise, both [1, C, T, h, w], in `steps[i]` steps at stage i.
 

@@ -12,11 +12,12 @@ weights it needs have been overwritten.
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from files.checkpoint import N, build, kept_dtype, locate, open_safetensors, take, weight_files
+from files.checkpoint import Layers, N, build, kept_dtype, locate, open_safetensors, take, weight_files
 
 ALIGNMENT = 256  # bytes, as CUDA's own allocations are
 
@@ -24,7 +25,7 @@ ALIGNMENT = 256  # bytes, as CUDA's own allocations are
 class BlockStream:
     """Two buffers and the thread that fills them."""
 
-    def __init__(self, blocks: nn.ModuleList, entries: tuple[str, ...], places: list[dict[Path, dict[str, str]]],
+    def __init__(self, blocks: Layers, entries: tuple[str, ...], places: list[dict[Path, dict[str, str]]],
                  dtypes: dict[str, torch.dtype], device: torch.device):
         """blocks on the meta device, all alike, and the `entries` of `load_streamed`; `places` says for each block
         where its tensors are (see `checkpoint.locate`), `dtypes` what they become."""
@@ -33,9 +34,9 @@ class BlockStream:
             self.layout.append((name, dtypes[name], parameter.shape, size))
             size += -(-parameter.numel() * dtypes[name].itemsize // ALIGNMENT) * ALIGNMENT
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.cuda = device.type == "cuda"
-        self.pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True) if self.cuda else None
-        self.side = torch.cuda.Stream(device) if self.cuda else None
+        self.side: tuple[torch.cuda.Stream, Tensor] | None = None  # on CUDA: a stream of its own, and pinned memory
+        if device.type == "cuda":
+            self.side = torch.cuda.Stream(device), torch.empty(size, dtype=torch.uint8, pin_memory=True)
         self.reader = ThreadPoolExecutor(max_workers=1)
         self.asked: list[tuple[int, Future] | None] = [None, None]  # of each buffer: the block, and when it is there
         self.latest = -1
@@ -63,23 +64,24 @@ class BlockStream:
         asked = self.asked[index % 2]
         if asked is None or asked[0] != index:
             # All that has used the buffer so far is queued on the current stream, which this event marks.
-            used = torch.cuda.current_stream(self.side.device).record_event() if self.cuda else None
-            asked = self.asked[index % 2] = index, self.reader.submit(self.read, index, used)
+            used = torch.cuda.current_stream(self.side[0].device).record_event() if self.side else None
+            asked = self.asked[index % 2] = (index, self.reader.submit(self.read, index, used))
         return asked[1]
 
-    def read(self, index: int, used: "torch.cuda.Event | None") -> None:
+    def read(self, index: int, used: "torch.Event | None") -> None:
         """File -> buffer, on CUDA by way of pinned memory and a stream of its own."""
         buffer = self.buffers[index % 2]
-        views = self.views(self.pinned if self.cuda else buffer)
+        views = self.views(self.side[1] if self.side else buffer)
         for path, names in self.places[index].items():
             with open_safetensors(path) as file:  # anew, so that its pages don't count as ours any longer
                 for name, key in names.items():
                     views[name].copy_(file.get_tensor(key))
-        if self.cuda:
-            self.side.wait_event(used)
-            with torch.cuda.stream(self.side):
-                buffer.copy_(self.pinned, non_blocking=True)
-            self.side.synchronize()
+        if self.side and used:
+            stream, pinned = self.side
+            stream.wait_event(used)
+            with torch.cuda.stream(stream):
+                buffer.copy_(pinned, non_blocking=True)
+            stream.synchronize()
 
 
 def load_streamed(network: type[N], folder: str | Path, device: torch.device | str, dtype: torch.dtype,
@@ -88,7 +90,8 @@ def load_streamed(network: type[N], folder: str | Path, device: torch.device | s
     `entries` names parts of a block that are also called by themselves: it is fetched before these too."""
     folder = Path(folder)
     module = build(network, folder)
-    places = [{} for _ in module.get_submodule(blocks)]
+    layers = cast(Layers, module.get_submodule(blocks))
+    places = [{} for _ in layers]
     resident = {}
     for path, names in locate(module, weight_files(folder)).items():
         with open_safetensors(path) as file:
@@ -99,6 +102,6 @@ def load_streamed(network: type[N], folder: str | Path, device: torch.device | s
                 else:
                     resident[name] = take(file.get_tensor(key), module, name, device, dtype)
     module.load_state_dict(resident, strict=False, assign=True)
-    dtypes = {name: kept_dtype(module, name, dtype) for name, _ in module.get_submodule(blocks)[0].named_parameters()}
-    BlockStream(module.get_submodule(blocks), entries, places, dtypes, torch.device(device))
+    dtypes = {name: kept_dtype(module, name, dtype) for name, _ in layers[0].named_parameters()}
+    BlockStream(layers, entries, places, dtypes, torch.device(device))
     return module.requires_grad_(False).eval()

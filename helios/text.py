@@ -20,7 +20,7 @@ from einops import rearrange
 from sentencepiece import SentencePieceProcessor
 from torch import Tensor
 
-from files.checkpoint import Network, check_pointer
+from files.checkpoint import Layers, Network, check_pointer
 from files.cli import note
 
 END = 1  # id of </s>; 0 is <pad>, and there is no token for the beginning
@@ -125,19 +125,39 @@ class GatedFeedForward(nn.Module):
         return self.wo(F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x))
 
 
+class Residual(nn.Module):
+    """A layer behind its norm, beside the stream; `name` is the layer's in the checkpoint."""
+
+    def __init__(self, name: str, layer: nn.Module, config: UMT5Config):
+        super().__init__()
+        self.layer_norm, self.name = nn.RMSNorm(config.d_model, config.layer_norm_epsilon), name
+        self.add_module(name, layer)
+
+    def forward(self, x: Tensor, *given: Tensor) -> Tensor:
+        return x + self.get_submodule(self.name)(self.layer_norm(x), *given)
+
+
 class Block(nn.Module):
     def __init__(self, config: UMT5Config):
         super().__init__()
-        norms = [nn.RMSNorm(config.d_model, config.layer_norm_epsilon) for _ in range(2)]
-        self.layer = nn.ModuleList([
-            nn.ModuleDict({"layer_norm": norms[0], "SelfAttention": SelfAttention(config)}),
-            nn.ModuleDict({"layer_norm": norms[1], "DenseReluDense": GatedFeedForward(config)}),
-        ])
+        self.layer = nn.ModuleList([Residual("SelfAttention", SelfAttention(config), config),
+                                    Residual("DenseReluDense", GatedFeedForward(config), config)])
 
     def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
         attention, feed_forward = self.layer
-        x = x + attention["SelfAttention"](attention["layer_norm"](x), buckets)
-        return x + feed_forward["DenseReluDense"](feed_forward["layer_norm"](x))
+        return feed_forward(attention(x, buckets))
+
+
+class Stack(nn.Module):
+    def __init__(self, config: UMT5Config):
+        super().__init__()
+        self.block = Layers[Block](Block(config) for _ in range(config.num_layers))
+        self.final_layer_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+
+    def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
+        for block in self.block:
+            x = block(x, buckets)
+        return self.final_layer_norm(x)
 
 
 class UMT5Encoder(Network):
@@ -155,19 +175,14 @@ class UMT5Encoder(Network):
         super().__init__()
         self.config = config
         self.shared = nn.Embedding(config.vocab_size, config.d_model)
-        self.encoder = nn.Module()  # a mere name in the checkpoint's keys
-        self.encoder.block = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.encoder.final_layer_norm = nn.RMSNorm(config.d_model, config.layer_norm_epsilon)
+        self.encoder = Stack(config)
 
     def forward(self, ids: Tensor) -> Tensor:
         config = self.config
         buckets = distance_buckets(
             ids.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance, ids.device
         )
-        x = self.shared(ids)  # not scaled by sqrt(d_model)
-        for block in self.encoder.block:
-            x = block(x, buckets)
-        return self.encoder.final_layer_norm(x)
+        return self.encoder(self.shared(ids), buckets)  # not scaled by sqrt(d_model)
 
 
 def encode_prompt(tokenizer: Tokenizer, encoder: UMT5Encoder, prompt: str, max_length: int = 512) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from files.checkpoint import Network
+from files.checkpoint import Layers, Network
 
 Cache = dict[nn.Module, list[Tensor]]  # of one encode or decode: layer -> its last input frames
 
@@ -245,7 +245,7 @@ class Decoder(nn.Module):
         doubles_time = config.temperal_downsample[::-1]
         self.conv_in = TimeConv(config.z_dim, dims[0], 3, 3)
         self.mid_block = MidBlock(dims[0])
-        self.up_blocks = nn.ModuleList()
+        self.up_blocks = Layers[DecoderLevel]()
         dim_in = dims[0]
         for level, dim in enumerate(dims):
             upsampler = Upsample(dim, doubles_time[level]) if level < len(doubles_time) else None
