@@ -192,17 +192,19 @@ def splat(samples: Samples, c2w: Tensor, K: Tensor, size: tuple[int, int]) -> tu
     height, width = size
     (fx, _, cx), (_, fy, cy), _ = K.tolist()
     w2c = inverse(c2w)
-    buffer = torch.full((height * width + 1,), NOTHING, device=samples.xyz.device)
+    row = width + 2  # the picture has a margin of a pixel all around, where all goes that is not in it
+    buffer = torch.full(((height + 2) * row,), NOTHING, device=samples.xyz.device)
     first = 0
-    for x, y, z in samples.xyz.split(2**18, dim=1):  # blocks that stay in the cache
+    for x, y, z in samples.xyz.split(2**16, dim=1):  # blocks that stay in the cache
         x, y, z = transform(w2c, x, y, z)
-        u, v = x.div_(z).mul_(fx).add_(cx).round_(), y.div_(z).mul_(fy).add_(cy).round_()
-        inside = (z > NEAR) & (z < torch.inf) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
-        pixel = torch.where(inside, v.mul_(width).add_(u), height * width).long()  # the rest goes past the end
+        u = x.div_(z).mul_(fx).add_(cx).round_().clamp_(-1, width)
+        v = y.div_(z).mul_(fy).add_(cy).round_().clamp_(-1, height)
+        pixel = v.mul_(row).add_(u).add_(row + 1)
+        pixel = torch.where((z > NEAR) & (z < torch.inf), pixel, 0).long()
         rank = torch.arange(LOW_32 - first, LOW_32 - first - len(z), -1, device=z.device)
         buffer.scatter_reduce_(0, pixel, z.view(torch.int32).long().bitwise_left_shift_(32).add_(rank), "amin")
         first += len(z)
-    nearest = buffer[:-1]
+    nearest = buffer.view(height + 2, row)[1:-1, 1:-1].flatten()
     visible = nearest != NOTHING
     winner = LOW_32 - (nearest & LOW_32)  # 0 where there is nothing
     rgb = torch.where(visible[:, None], samples.rgb.index_select(0, winner), 0)

@@ -248,7 +248,7 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
 def load_settings(args: argparse.Namespace) -> Settings:
     """The words of --set over the official numbers for the weights."""
     args.weights = check_weights(args.weights)
-    defaults = model_options(args.weights, Settings())
+    defaults = model_options(args.weights, Settings(samples=read_index(args.weights).samples))
     named = [word.partition("=")[2] for word in args.set if word.startswith("preset=")]
     if named and named[-1] == "realtime":
         defaults = replace(defaults, steps=(1,) * len(defaults.steps), **PRESETS["realtime"])

@@ -58,9 +58,9 @@ def geometry_size(height: int, width: int, limit: int = PIXEL_LIMIT) -> tuple[in
 
 
 def map_size(height: int, width: int, limit: int = PIXEL_LIMIT) -> tuple[int, int]:
-    """`geometry_size` where nothing official decides: 16 points for each of a thumbnail's pixels are as good as
-    more."""
-    return geometry_size(height, width, min(limit, 16 * height * width))
+    """`geometry_size` where nothing official decides: a thumbnail gets 16 points a pixel, a small picture 4, which is
+    as good as more."""
+    return geometry_size(height, width, min(limit, 16 * height * width, max(98_304, 4 * height * width)))
 
 
 def fused(total: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:

@@ -20,6 +20,7 @@ class ModelIndex:
     height: int = 384
     width: int = 640
     keyframes: int = 8  # pictures that the geometry network sees together
+    samples: int = 4  # of the warped surface, along each side of its quads
     warp_fill: str = "mean"  # what the holes of a warp get, as in `wah.Options`
     train: tuple[str, ...] = ()  # words for train.py's --set, before the user's own
 
@@ -41,6 +42,7 @@ class ModelIndex:
             ("max_sequence_length", 1 <= self.max_sequence_length <= 4096, "from 1 to 4096"),
             ("height", 16 <= self.height <= 8192, "from 16 to 8192"),
             ("width", 16 <= self.width <= 8192, "from 16 to 8192"),
+            ("samples", 1 <= self.samples <= 16, "from 1 to 16"),
             ("keyframes", 1 <= self.keyframes <= 1000, "from 1 to 1000"),
             ("train", all(isinstance(word, str) for word in self.train), "words like rank=32"),
         )
