@@ -189,22 +189,25 @@ def read_frames(path: Path, size: tuple[int, int]) -> Tensor:
     return torch.cat(frames)
 
 
-def geometry_file(folder: Path, *parts: bytes) -> Path:
+Where = Callable[[str], Path]  # where a file of that name is, or is to be made
+
+
+def geometry_file(where: Where, *parts: bytes) -> Path:
     """Where to keep a geometry: the name tells what it depends on."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
         digest.update(hashlib.blake2b(part).digest())
-    return folder / f"geometry_{digest.hexdigest()}.safetensors"
+    return where(f"geometry_{digest.hexdigest()}.safetensors")
 
 
 def keep(path: Path, geometries: list[Geometry]) -> None:
     names = [field.name for field in fields(Geometry)]
     tensors = {name: torch.stack([getattr(each, name).cpu() for each in geometries]) for name in names}
-    with replacing({"file": path}, []) as files:
+    with replacing({"file": path}) as files:
         files["file"].write_bytes(save(tensors))
 
 
-def estimate_clip(weights: Path, network: Callable[[], Pi3X], frames: Tensor, pixels: int, folder: Path) -> Path:
+def estimate_clip(weights: Path, network: Callable[[], Pi3X], frames: Tensor, pixels: int, where: Where) -> Path:
     """The geometry of all frames [T, 3, H, W] jointly, by Pi3X, as a file; from an earlier run if it is there.
 
     `network` is called if it is needed; for the file's name, the size and end of its `weights` stand for them. A frame
@@ -214,7 +217,7 @@ def estimate_clip(weights: Path, network: Callable[[], Pi3X], frames: Tensor, pi
         size = file.seek(0, 2)
         file.seek(max(size - 2**20, 0))
         numbers = str((*frames.shape, pixels, size)).encode()
-        path = geometry_file(folder, frames.numpy().tobytes(), numbers, file.read())
+        path = geometry_file(where, frames.numpy().tobytes(), numbers, file.read())
     if not path.is_file():
         images = [frame[None].to(network().image_mean.device) / 255 * 2 - 1 for frame in frames]
         keep(path, [ensure_valid(each) for each in smooth_focals(estimate(network(), images, pixels or None))])
@@ -240,7 +243,7 @@ def files_beside(video: Path) -> tuple[Path, Path] | None:
     return files if all(file.is_file() for file in files) else None
 
 
-def known_geometry(video: Path, poses: Path, depth: Path, frames: Tensor, folder: Path) -> Path:
+def known_geometry(video: Path, poses: Path, depth: Path, frames: Tensor, where: Where) -> Path:
     """The geometry of a clip whose camera and depths are known, in one unit, as a file."""
     camera, depths, size = load_path(poses), read_depths(depth), tuple(frames.shape[2:])
     if not len(depths) == len(camera.c2w) == len(frames):
@@ -252,8 +255,9 @@ def known_geometry(video: Path, poses: Path, depth: Path, frames: Tensor, folder
         points = torch.stack(transform(pose, *geometry.points.unbind(-1)), dim=-1)
         geometries.append(replace(geometry, points=points, c2w=pose))
     digests = [torch.cat([each.points.flatten(), each.c2w.flatten()]).numpy().tobytes() for each in geometries]
-    path = geometry_file(folder, frames.numpy().tobytes(), *digests)
-    keep(path, geometries)
+    path = geometry_file(where, frames.numpy().tobytes(), *digests)
+    if not path.is_file():
+        keep(path, geometries)
     return path
 
 
@@ -355,23 +359,22 @@ class Conditions:
 
 
 def load_clips(sources: list[Source], known: list[tuple[Path, Path]], pi3x: Path | None, estimate_all: bool,
-               size: tuple[int, int], pixels: int, folder: Path, device: str) -> list[Clip]:
-    """The videos with their geometry, kept in `folder`: from the `known` poses and depths, one pair a video, from
-    files beside the video unless `estimate_all`, or by the network in the file `pi3x`."""
+               size: tuple[int, int], pixels: int, where: Where, device: str) -> list[Clip]:
+    """The videos with their geometry, in files that are `where` it says: from the `known` poses and depths, one pair a
+    video, from files beside the video unless `estimate_all`, or by the network in the file `pi3x`."""
     given = known or [None if estimate_all else files_beside(source.video) for source in sources]
     if None in given and pi3x is None:
         raise ValueError("no geometry: give the Pi3X weights (--geometry FILE; weights/README.md says where they are),"
                          " or the clip's own --poses and --depth")
     frames = [read_frames(source.video, size) for source in sources]
-    folder.mkdir(parents=True, exist_ok=True)
     network = cache(partial(load_pi3x, pi3x, device, network_dtype(device)))
     clips = []
     for source, each, files in zip(sources, frames, given):
         if files is not None:
-            path = known_geometry(source.video, *files, each, folder)
+            path = known_geometry(source.video, *files, each, where)
             forward, reverse = Geometries(path, device), Geometries(path, device, backwards=True)
         else:
-            estimated = partial(estimate_clip, pi3x, network, pixels=pixels, folder=folder)
+            estimated = partial(estimate_clip, pi3x, network, pixels=pixels, where=where)
             forward, reverse = (Geometries(estimated(images), device) for images in (each, each.flip(0)))
         clips.append(Clip(add_trigger(source.prompt), each, forward, reverse))
         print(f"{source.video}: {len(each)} frames, prompt {clips[-1].prompt!r}, geometry {forward.path.name},"

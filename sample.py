@@ -30,13 +30,13 @@ from tqdm import tqdm
 from files.checkpoint import build, weight_files
 from files.cli import Parser, existing, parse_size, run_program
 from files.draw import save_png
-from files.machine import check_device, default_device, network_dtype, peak_memory
+from files.machine import check_device, default_device, describe_machine, network_dtype, peak_memory
 from files.measure import steadiness
 from files.media import fit_image, is_video, load_depth, load_image, read_frames, read_mask, resize_frame, to_frames
-from files.output import Output
+from files.output import Output, parts_folder
 from files.settings import parse_settings, require
 from files.video import try_encoder
-from files.writing import beside, check_outputs, fingerprint, replacing
+from files.writing import beside, check_apart, check_outputs, fingerprint, replacing
 from geometry.camera import WINDOW, CameraPath, choose_fov, describe, move_path, path_error, retime
 from geometry.paths import load_path
 from geometry.pi3x import Pi3X, find_pi3x, pi3x_source
@@ -323,10 +323,8 @@ def start_video(path: Path, size: tuple[int, int]) -> Start:
     return Start(video=rearrange(torch.from_numpy(frames), "t h w c -> 1 c t h w"))
 
 
-def prepare(args: argparse.Namespace) -> Job:
+def prepare(args: argparse.Namespace, settings: Settings) -> Job:
     """Read and check all inputs but the networks; raises ValueError or OSError with one line."""
-    settings = load_settings(args)
-    check(args, settings)
     size = choose_size(args)
     path = load_path(args.poses) if args.poses else CameraPath(move_path(args.move)) if args.move is not None else None
     led = path is not None or args.warp is not None
@@ -420,6 +418,24 @@ def pictures(chunk: Chunk) -> dict[str, np.ndarray]:
     return rows
 
 
+def name_files(args: argparse.Namespace, settings: Settings) -> tuple[dict[str, Path], list[Path]]:
+    """All that the run will write, by name, and all that it reads. Raises ValueError or OSError if these meet, or can't
+    be written or read."""
+    led = bool(existing(args.poses, args.move, args.warp))
+    outputs = beside(args.out, **({"warp": "_warp.mp4"} if led else {}), sheet="_sheet.png")
+    if settings.latents is not None:
+        outputs["latents"] = settings.latents
+    if settings.check:
+        outputs["check"] = args.out.with_name(f"{args.out.stem}_check.json")
+    geometry = find_pi3x(settings.geometry, args.weights)
+    lora = find_lora(args.lora, args.weights, led)
+    inputs = existing(args.image, args.poses, args.depth, *(args.warp or ()), args.weights, geometry, lora)
+    parts = parts_folder(args.out)
+    check_apart([parts], inputs)
+    check_outputs(outputs, [*inputs, *([parts] if parts.is_dir() else [])])
+    return outputs, inputs
+
+
 def generate(args: argparse.Namespace, job: Job, output: Output) -> Rollout:
     """Load the networks and make the video; Ctrl-C after the first chunk ends it early."""
     settings, start = job.settings, job.start
@@ -460,16 +476,16 @@ def report(rollout: Rollout, output: Output, already: int, seconds: float, devic
 
 
 def run(args: argparse.Namespace) -> None:
-    job = prepare(args)
-    outputs = beside(args.out, **({"warp": "_warp.mp4"} if job.led else {}), sheet="_sheet.png")
-    if job.settings.latents is not None:
-        outputs["latents"] = job.settings.latents
-    if job.settings.check:
-        outputs["check"] = args.out.with_name(f"{args.out.stem}_check.json")
-    inputs = existing(args.image, args.poses, args.depth, job.settings.geometry, *(args.warp or ()))
-    check_outputs(outputs, inputs)
-    try_encoder(job.fps, job.size)
-    with Output(args.out, describe_job(args, job), args.resume, job.frames, job.fps, job.led) as output:
+    settings = load_settings(args)
+    check(args, settings)
+    outputs, inputs = name_files(args, settings)
+    with Output(args.out, args.resume) as output:
+        if output.done:
+            print(f"{args.out} is whole; nothing is left to do")
+            return
+        job = prepare(args, settings)
+        try_encoder(job.fps, job.size)
+        output.begin(describe_job(args, job), job.frames, job.fps, job.led, describe_machine(settings.device))
         rollout = generate(args, job, output)
         with replacing(outputs, inputs) as files:
             for name in files.keys() & {"video", "warp"}:
@@ -481,6 +497,7 @@ def run(args: argparse.Namespace) -> None:
                 found = measure(job, files["video"])
                 files["check"].write_text(json.dumps(found, indent=1) + "\n")
                 print("check: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        output.finish()
     print(f"wrote {output.count} frames:", *outputs.values())
 
 

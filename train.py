@@ -24,15 +24,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from clips import Case, Choices, Clip, Condition, Conditions, Source, draw_case, item_order, load_clips, read_sources
-from files.checkpoint import open_safetensors
-from files.cli import Parser, deferred_interrupt, parse_size, run_program
+from clips import (
+    Case,
+    Choices,
+    Clip,
+    Condition,
+    Conditions,
+    Source,
+    draw_case,
+    files_beside,
+    item_order,
+    load_clips,
+    read_sources,
+)
+from files.cli import Parser, deferred_interrupt, existing, parse_size, run_program
 from files.draw import contact_sheet, save_png
-from files.machine import Clock, check_device, default_device, peak_memory
+from files.machine import Clock, check_device, default_device, describe_machine, peak_memory
 from files.media import to_frames
 from files.run import Run
 from files.settings import parse_settings, require
-from files.writing import fingerprint
+from files.writing import check_apart, fingerprint
 from geometry.camera import WINDOW
 from geometry.pi3x import find_pi3x
 from helios.flow import Item, Schedule, interval_levels, load_schedule, shifted_levels, table_levels, training_item
@@ -56,7 +67,7 @@ from wah import BANDS, CHUNK, Rollout, add_noise, model_options, pseudo_history
 
 TARGETS = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")  # of every block; nothing else is trained
 # may change when a run goes on
-FREE = {"steps", "save_every", "sample_every", "checkpointing", "keep_attention", "cache"}
+FREE = {"base", "steps", "save_every", "sample_every", "checkpointing", "keep_attention", "cache"}
 
 
 @dataclass(frozen=True)
@@ -237,18 +248,11 @@ class Trainer:
         settings = {f"transformer.{key}": value for key, value in settings.items()}
         return tensors, {"lora_adapter_metadata": json.dumps(settings), "wah_warp_band": recipe.warp_band}
 
-    def restore(self, path: Path, steps: int) -> None:
-        """Take a state from its file. Raises ValueError naming what does not fit."""
-        with open_safetensors(path) as file:
-            state = {key: file.get_tensor(key) for key in file.keys()}
+    def restore(self, state: dict[str, Tensor], steps: int) -> None:
+        """Take what `state` gave after so many steps."""
         for name, matrix in self.tensors.items():
-            moments = [state.get(f"{name}{end}") for end in ("", ".exp_avg", ".exp_avg_sq")]
-            for tensor in moments:
-                if tensor is None or tensor.shape != matrix.shape:
-                    found = "nothing" if tensor is None else list(tensor.shape)
-                    raise ValueError(f"{path}: not a state of this model: {name} is {found},"
-                                     f" expected {list(matrix.shape)}")
-            value, average, square = (tensor.to(matrix.device) for tensor in moments)
+            ends = "", ".exp_avg", ".exp_avg_sq"
+            value, average, square = (state[f"{name}{end}"].to(matrix.device) for end in ends)
             matrix.data.copy_(value)
             self.optimizer.state[matrix] = {
                 "step": torch.tensor(float(steps)), "exp_avg": average, "exp_avg_sq": square}
@@ -333,6 +337,14 @@ def fit(trainer: Trainer, run: Run, clips: list[Clip], conditions: Conditions, t
     """Steps from where the trainer is to the end, or to Ctrl-C; saves as the recipe says."""
     recipe, clock = trainer.recipe, trainer.clock
     order = islice(item_order(len(clips), recipe.seed), trainer.steps, recipe.steps)
+
+    def sheet() -> None:
+        if recipe.sample_every and trainer.steps and trainer.steps % recipe.sample_every == 0:
+            with run.sheet(trainer.steps) as path:
+                draw(path)
+
+    if not run.sheet_path(trainer.steps).exists():
+        sheet()  # the run ended just before it
     with deferred_interrupt() as stop, tqdm(total=recipe.steps, initial=trainer.steps, unit="step") as bar:
         clock.start()
         for index in order:
@@ -349,23 +361,33 @@ def fit(trainer: Trainer, run: Run, clips: list[Clip], conditions: Conditions, t
             bar.update()
             if trainer.steps % recipe.save_every == 0 or trainer.steps == recipe.steps or stop.is_set():
                 run.save(trainer.steps, trainer.state(), *trainer.result())
-            if recipe.sample_every and trainer.steps % recipe.sample_every == 0:
-                with run.sheet(trainer.steps) as path:
-                    draw(path)
+            sheet()
             clock.lap("saving")
             if stop.is_set():
                 break
 
 
+def name_inputs(args: argparse.Namespace, job: Job) -> list[Path]:
+    """All that the run reads."""
+    videos = [source.video for source in job.sources]
+    beside = [file for video in videos for file in files_beside(video) or ()]
+    table = [Path(video) for video in args.video if video.endswith(".csv")]
+    geometry = existing(find_pi3x(args.geometry, args.weights))
+    return [*videos, *beside, *table, *args.poses, *args.depth, args.weights, *geometry]
+
+
 def train(args: argparse.Namespace) -> None:
     job = check(args)
-    recipe = job.recipe
-    run = Run(args.out, FREE)
-    run.check(args.resume, args.overwrite)
-    pi3x = find_pi3x(args.geometry, args.weights)
-    known = list(zip(args.poses, args.depth))
-    clips = load_clips(job.sources, known, pi3x, args.geometry is not None, job.size, recipe.geometry_pixels, args.out,
-                       args.device)
+    check_apart([args.out], name_inputs(args, job))
+    with Run(args.out, FREE, args.resume, args.overwrite) as run:
+        train_in(run, args, job)
+
+
+def train_in(run: Run, args: argparse.Namespace, job: Job) -> None:
+    """Everything once the words are checked and the folder is ours."""
+    recipe, known = job.recipe, list(zip(args.poses, args.depth))
+    clips = load_clips(job.sources, known, find_pi3x(args.geometry, args.weights), args.geometry is not None, job.size,
+                       recipe.geometry_pixels, run.place, args.device)
     wanted = {clip.prompt for clip in clips} | {add_trigger("")}
     if recipe.sample_every:
         wanted |= {job.sources[0].prompt, NEGATIVE_PROMPT}
@@ -373,11 +395,11 @@ def train(args: argparse.Namespace) -> None:
     models = load_models(Helios, args.weights, args.device, args.memory)
     trainer = Trainer(models.transformer, models.schedule, recipe)
     conditions = Conditions(models.vae, clips, job.size, recipe, recipe.cache, args.device)
-    about = describe_run(args, job, clips)
+    about, machine = describe_run(args, job, clips), describe_machine(args.device)
     if args.resume:
-        trainer.restore(run.state, run.resume(about))
+        trainer.restore(*run.resume(about, machine))
     else:
-        run.begin(about)
+        run.begin(about, machine)
     began = trainer.steps
     text_of = lru_cache(1)(lambda prompt: models.transformer.text(embeddings[prompt]))  # 0.4 GB in the released model
 

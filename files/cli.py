@@ -1,6 +1,7 @@
 """What the programs' command lines share: errors in one line, sizes, and how they are stopped."""
 
 import argparse
+import errno
 import re
 import signal
 import sys
@@ -8,26 +9,53 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from io import TextIOWrapper
 from pathlib import Path
+from typing import TypeVar
 
 from files.machine import out_of_memory
 from files.settings import setting_names
 
+T = TypeVar("T")
+WHAT_TO_DO = {
+    errno.ENOENT: "no such file or folder; is the name right?",
+    errno.ENOTDIR: "a file, expected a folder; is the name right?",
+    errno.EISDIR: "a folder, expected a file; is the name right?",
+    errno.EACCES: "this user may not read or write there; change its rights, or choose another place",
+    errno.EPERM: "this user may not read or write there; change its rights, or choose another place",
+    errno.EROFS: "nothing can be written there; choose another place",
+    errno.ENOSPC: "no room is left on the disk; make room, or choose another place",
+    errno.EDQUOT: "no room is left for this user; make room, or choose another place",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "links that lead in a circle; give the path of the file itself",
+}
+
+
+def explain(error: Exception) -> str:
+    """An error in one line; of the system's own ones: which file, and what to do."""
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return where + WHAT_TO_DO.get(error.errno, error.strerror or str(error))
+    return str(error)
+
 
 def run_program(name: str, program: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Exit status 0; 2 and one line on stderr for bad input; 130 when the user stops it."""
+    for stream in (sys.stdout, sys.stderr):  # a console that has not all letters shows others; None if it is closed
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         program(args)
     except (ValueError, OSError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {explain(error)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
         print(f"{name}: error: {what_fits(args, error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: stopped, nothing written", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(f"\n{name}: stopped, {stop or 'nothing written'}", file=sys.stderr)
         return 130
     return 0
 
@@ -57,12 +85,19 @@ def parse_size(text: str) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
+def given_path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name, expected a file or folder")
+    return Path(text)
+
+
 class Parser(argparse.ArgumentParser):
     """Errors are one line. A name that only --set knows is answered with that spelling."""
 
     def __init__(self, name: str, about: str, settings: object):
         super().__init__(name, usage=argparse.SUPPRESS, description=about, allow_abbrev=False)
         self.settings = settings
+        self.register("type", Path, given_path)
         self.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=argparse.SUPPRESS)
 
     def error(self, message: str):
@@ -76,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
 
-def existing(*paths: Path | None) -> list[Path]:
+def existing(*paths: T | None) -> list[T]:
     """Those that are given."""
     return [path for path in paths if path is not None]
 

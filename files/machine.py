@@ -90,6 +90,14 @@ def out_of_memory(error: BaseException) -> bool:
 # ------------------------------------------------------------------------------------------------------------- devices
 
 
+def describe_machine(device: str) -> str:
+    """What the last bits of a result depend on beside the program and its input."""
+    if torch.device(device).type == "cuda":
+        return f"torch {torch.__version__}, {torch.cuda.get_device_name(device)}"
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, CPU {kind}, {torch.get_num_threads()} threads"
+
+
 def check_device(device: str) -> None:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"--device {device!r}: expected cpu, mps, cuda or cuda:N")

@@ -1,7 +1,8 @@
-"""The folder of a training run: what it holds, and how a run goes on.
+"""The folder of a training run (files/folder.py): what it holds, and how a run goes on.
 
 state.safetensors holds all that --resume needs, the LoRA too, so that it is whole by itself whenever the program dies;
 lora.safetensors is the result; metrics.jsonl and loss.png say how it went; sample_STEP.png are looked at on the way.
+The geometry of the clips lies there too, and serves every later run in the folder.
 """
 
 import json
@@ -9,20 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import save
 from torch import Tensor
 
-from files.checkpoint import open_safetensors
 from files.draw import draw_curve, save_png
+from files.folder import STATE, Folder
+from files.state import check_same, pack, pack_state, read_state
 from files.writing import replacing
+
+GEOMETRY = "geometry_"  # begins the names of what a new run in the folder keeps
 
 
 class Run:
-    """A run under way. `free` names what it depends on that may change when it goes on."""
+    """`with Run(folder, free, resume, overwrite) as run:` is a run under way. `free` names what it depends on that may
+    change when it goes on."""
 
-    def __init__(self, folder: Path, free: set[str]):
-        self.folder, self.free = folder, free
-        self.state = folder / "state.safetensors"
+    def __init__(self, folder: Path, free: set[str], resume: bool, overwrite: bool):
+        self.folder, self.free, self.overwrite = Folder(folder, "train.py"), free, overwrite
+        self.going_on = resume
+        self.state = folder / STATE
         self.lora = folder / "lora.safetensors"
         self.log = folder / "metrics.jsonl"
         self.curve = folder / "loss.png"
@@ -34,65 +39,86 @@ class Run:
     def files(self) -> tuple[Path, ...]:
         return self.state, self.lora, self.log, self.curve
 
-    def check(self, resume: bool, overwrite: bool) -> None:
-        there = [path.name for path in self.files if path.exists()]
-        if resume and not self.state.is_file():
-            raise ValueError(f"--resume: no {self.state}")
-        if there and not (resume or overwrite):
-            raise ValueError(f"{self.folder} holds a run already ({', '.join(there)}):"
-                             " --resume goes on, --overwrite starts anew")
+    def __enter__(self) -> "Run":
+        """Raises ValueError or OSError if there is nothing to resume, or a run that would be lost."""
+        self.folder.__enter__()
+        try:
+            if self.going_on and not self.state.is_file():
+                raise ValueError(f"--resume: no {self.state}, so nothing was saved: the same words without --resume"
+                                 " begin")
+            if self.state.exists() and not (self.going_on or self.overwrite):
+                raise ValueError(f"{self.folder.path} holds a run already: --resume goes on, --overwrite starts anew")
+        except BaseException:
+            self.folder.__exit__(None, None, None)
+            raise
+        return self
 
-    def begin(self, about: dict) -> None:
-        """Remove all that an earlier run left."""
-        self.about = json.loads(json.dumps(about))
-        for path in (*self.files, *self.folder.glob("sample_*.png")):
-            path.unlink(missing_ok=True)
+    def place(self, name: str) -> Path:
+        """Where a file of that name is, whoever made it, or is to be made."""
+        path = self.folder.path / name
+        return path if path.is_file() else self.folder.claim(name)
 
-    def resume(self, about: dict) -> int:
-        """Check that the saved state is one of this run, forget what was measured after it, and return its step."""
-        self.about = json.loads(json.dumps(about))
-        with open_safetensors(self.state) as file:
-            header = file.metadata() or {}
-        if not {"run", "step"} <= header.keys():
-            raise ValueError(f"{self.state}: not a state of this program")
-        old, new = ({**each, **each["recipe"]} for each in (json.loads(header["run"]), self.about))
-        for name in sorted(new.keys() - self.free - {"recipe"}):
-            if new[name] != old.get(name):
-                raise ValueError(f"{self.state}: {name} was {old.get(name)}, now it is {new[name]}; --resume"
-                                 f" needs the same")
-        self.saved = int(header["step"])
-        lines = self.log.read_text().splitlines(keepends=True)[:self.saved] if self.log.exists() else []
-        self.metrics = [json.loads(line) for line in lines]
-        with replacing({"log": self.log}, []) as files:
-            files["log"].write_text("".join(lines))
-        return self.saved
+    def begin(self, about: dict, machine: str = "") -> None:
+        """Remove all that an earlier run left, but the clips' geometry."""
+        self.about, self.machine = json.loads(json.dumps(about)), machine
+        self.folder.remove(keep=GEOMETRY)
+
+    def resume(self, about: dict, machine: str = "") -> tuple[dict[str, Tensor], int]:
+        """Check that the saved state is one of this run, forget what was measured after it, and return it with its
+        step."""
+        self.about, self.machine = json.loads(json.dumps(about)), machine
+        state, header = read_state(self.state)
+        check_same(self.state, self.fixed(json.loads(header["run"])), self.fixed(self.about), "--resume")
+        if header["machine"] != machine:
+            print(f"going on with {machine}, begun with {header['machine']}: the losses may differ from those of an"
+                  " uninterrupted run in their last digits")
+        self.metrics, self.saved = json.loads(header["metrics"]), int(header["step"])
+        with replacing({"log": self.folder.claim(self.log.name)}) as files:
+            files["log"].write_text("".join(f"{json.dumps(each)}\n" for each in self.metrics))
+        return state, self.saved
+
+    def fixed(self, about: dict) -> dict:
+        """What may not change when a run goes on."""
+        return {name: value for name, value in {**about, **about.get("recipe", {})}.items()
+                if name not in {*self.free, "recipe"}}
 
     def add(self, metrics: dict) -> None:
         self.metrics.append(metrics)
         try:
-            with open(self.log, "a") as file:
+            with open(self.folder.claim(self.log.name), "a") as file:
                 file.write(json.dumps(metrics) + "\n")
         except OSError as error:
-            raise OSError(f"{self.log}: could not be written ({error}); {self.last()}") from None
+            raise OSError(f"{self.log}: could not be written ({error.strerror}); {self.last()}") from None
 
     def save(self, step: int, state: dict[str, Tensor], lora: dict[str, Tensor], about: dict[str, str]) -> None:
-        """State, LoRA (with what is said `about` it in its header) and curve, each under another name until it is
-        complete."""
+        """LoRA (with what is said `about` it in its header), curve and state, each under another name until it is
+        complete; the state is the last, so that what it goes on from is never ahead of the others."""
         header = {"run": json.dumps(self.about), "step": str(step)}
+        more = {"machine": self.machine, "metrics": json.dumps(self.metrics)}
         try:
-            with replacing({"state": self.state, "lora": self.lora, "curve": self.curve}, []) as files:
-                files["state"].write_bytes(save(state, header))
-                files["lora"].write_bytes(save(lora, header | about))
+            outputs = {"lora": self.lora, "curve": self.curve, "state": self.state}
+            with replacing({name: self.folder.claim(path.name) for name, path in outputs.items()}) as files:
+                files["lora"].write_bytes(pack(lora, header | about))
                 save_png(files["curve"], draw_curve([each["loss"] for each in self.metrics]))
+                files["state"].write_bytes(pack_state(state, header | more))
         except OSError as error:
-            raise OSError(f"{self.folder}: step {step} could not be saved ({error}); {self.last()}") from None
+            raise OSError(f"{self.folder.path}: step {step} could not be saved ({error.strerror}); {self.last()}"
+                          ) from None
         self.saved = step
+
+    def sheet_path(self, step: int) -> Path:
+        return self.folder.path / f"sample_{step:06d}.png"
 
     @contextmanager
     def sheet(self, step: int) -> Iterator[Path]:
         """Where to write the picture of a step."""
-        with replacing({"sheet": self.folder / f"sample_{step:06d}.png"}, []) as files:
+        with replacing({"sheet": self.folder.claim(self.sheet_path(step).name)}) as files:
             yield files["sheet"]
 
     def last(self) -> str:
         return f"step {self.saved} is safe there" if self.saved else "nothing had been saved before"
+
+    def __exit__(self, error_type, error, traceback) -> None:
+        self.folder.__exit__(None, None, None)
+        if error_type is KeyboardInterrupt:
+            raise KeyboardInterrupt(f"{self.folder.path}: {self.last()}") from None

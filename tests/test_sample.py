@@ -235,10 +235,12 @@ def test_meters_and_resampling(place, capsys):
 def test_later_warps_are_written_in_step(tmp_path):
     """A warp of 34 frames begins with the frame before the chunk, which the warp video leaves out."""
     levels = torch.arange(34.0).div(33).mul(2).sub(1).view(1, 1, 34, 1, 1).expand(1, 3, 34, 64, 64)
-    with Output(tmp_path / "v.mp4", {}, resume=False, frames=33, fps=16, led=True) as output:
+    with Output(tmp_path / "v.mp4", resume=False) as output:
+        output.begin({}, frames=33, fps=16, led=True)
         chunk = Chunk(torch.zeros(1, 3, 33, 64, 64), torch.zeros(1), Warp(levels, levels[:, :1] / 2 + 0.5))
         output.add(pictures(chunk), chunk.latents, {})
         output.join("_warp.mp4", tmp_path / "w.mp4")
+        output.finish()
     seen = read(tmp_path / "w.mp4").mean((1, 2, 3))
     assert abs(seen[0] - 255 / 33) < 4 and abs(seen[-1] - 255) < 4 and len(seen) == 33
     assert [path.name for path in tmp_path.iterdir()] == ["w.mp4"]
@@ -388,11 +390,10 @@ def test_another_video_is_not_continued(capsys, place, monkeypatch):
     assert sample(*words, "--image", "moved.png", "--continue", "--set", "latents=x.safetensors") == 0
 
 
-def test_a_folder_of_that_name_is_left_alone(place):
+def test_a_folder_of_that_name_is_left_alone(place, capsys):
     (place / "out_parts").mkdir()
-    (place / "out_parts" / "mine.txt").write_text("mine")
-    assert sample("--frames", "2") == 0
-    assert [path.name for path in (place / "out_parts").iterdir()] == ["mine.txt"]
+    (place / "out_parts" / "0000_video.mp4").write_text("mine")
+    refused(capsys, place, ["--frames", "2"], "out_parts", "did not make")
 
 
 @pytest.mark.parametrize("mode", ["fp8", "stream"])
@@ -432,13 +433,18 @@ def test_pictures_of_other_kinds(place, mode):
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
+def everything(place) -> dict:
+    """All files and what is in them, and all folders."""
+    return {path: path.read_bytes() if path.is_file() else None for path in place.rglob("*")}
+
+
 def refused(capsys, place, words: list[str], *parts: str, weights=DISTILLED) -> None:
     """Exit status 2, one line on stderr that says `parts`, and no file made or changed."""
-    before = {path: path.stat().st_mtime_ns for path in place.rglob("*")}
+    before = everything(place)
     assert sample(*words, weights=weights) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sample.py: error: ") and all(part in error for part in parts), error
-    assert {path: path.stat().st_mtime_ns for path in place.rglob("*")} == before
+    assert everything(place) == before
 
 
 def poses_with(change) -> None:

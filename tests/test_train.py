@@ -326,7 +326,7 @@ def wall(tmp_path, monkeypatch):
 def test_warps_agree_with_the_video(wall, case):
     """With exact geometry a warp shows the target's frames wherever it is visible, in both directions."""
     frames = read_frames(Path("wall.npy"), (64, 64))
-    path = known_geometry(Path("wall.npy"), Path("poses.json"), Path("depth.npz"), frames, wall)
+    path = known_geometry(Path("wall.npy"), Path("poses.json"), Path("depth.npz"), frames, wall.joinpath)
     clip = Clip("", frames, Geometries(path, "cpu"), Geometries(path, "cpu", backwards=True))
     warp = render_case(clip, case)
     targets = [case.original(index, len(frames)) for index in case.targets]
@@ -357,7 +357,7 @@ def test_forms(wall):
     assert [replace(case, form=0) for case in drawn] == [draw_case(Choices(), 40, "row", step) for step in range(1, 100)]
 
     frames = read_frames(Path("wall.npy"), (64, 64))
-    path = known_geometry(Path("wall.npy"), Path("poses.json"), Path("depth.npz"), frames, wall)
+    path = known_geometry(Path("wall.npy"), Path("poses.json"), Path("depth.npz"), frames, wall.joinpath)
     clip, case = Clip("", frames, Geometries(path, "cpu"), Geometries(path, "cpu", True)), Case(False, 2, (2,), form=7)
     plain, changed = (render_case(clip, each, atlas=False) for each in (replace(case, form=0), case))
     assert not torch.equal(plain.visible, plain.visible.flip(-1))
@@ -386,7 +386,7 @@ def test_geometry_beside_the_video(wall, capsys):
 def test_first_chunks_without_the_atlas(wall):
     """As sampling renders a first chunk: holes stay holes; a later chunk's warp has its background all the same."""
     frames = read_frames(Path("wall.npy"), (64, 64))
-    path = known_geometry(Path("wall.npy"), Path("poses.json"), Path("depth.npz"), frames, wall)
+    path = known_geometry(Path("wall.npy"), Path("poses.json"), Path("depth.npz"), frames, wall.joinpath)
     clip = Clip("", frames, Geometries(path, "cpu"), Geometries(path, "cpu", backwards=True))
     first, later = Case(False, 3, (3,)), Case(False, 6, (3, 4, 5))
     filled, bare = (render_case(clip, first, atlas) for atlas in (True, False))
@@ -402,11 +402,13 @@ def test_first_chunks_without_the_atlas(wall):
 
 @pytest.fixture(scope="module")
 def estimated(tmp_path_factory):
-    """Pi3X geometry of the video in `place`, so that only one test waits for it."""
+    """A run folder with the Pi3X geometry of the video in `place`, so that only one test waits for it."""
     folder = tmp_path_factory.mktemp("geometry")
     np.save(folder / "clip.npy", INPUTS["warp"][:36])
     assert train_on(folder / "clip.npy", "--out", folder / "run", "--set", "steps=1") == 0
-    return sorted((folder / "run").glob("geometry_*"))
+    for name in ("state.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png"):
+        (folder / "run" / name).unlink()
+    return folder / "run"
 
 
 @pytest.fixture
@@ -414,9 +416,7 @@ def place(tmp_path, monkeypatch, estimated):
     """An empty folder with a short video, and a run folder with its geometry."""
     monkeypatch.chdir(tmp_path)
     np.save("clip.npy", INPUTS["warp"][:36])
-    Path("run").mkdir()
-    for path in estimated:
-        shutil.copy(path, "run")
+    shutil.copytree(estimated, "run")
     return tmp_path
 
 
@@ -440,7 +440,7 @@ def test_what_a_run_leaves(place, capsys):
     assert train_on("clip.npy", "--out", "run", "--prompt", " a car ", "--set", "steps=3", "save_every=2", "lr=0.01",
                     "scale=0.5", "sample_every=2") == 0
     names = {path.name for path in Path("run").iterdir() if not path.name.startswith("geometry")}
-    assert names == {"state.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "sample_000002.png"}
+    assert names == {"state.safetensors", "lora.safetensors", "metrics.jsonl", "loss.png", "sample_000002.png", "manifest.txt"}
     lines = metrics("run")
     assert [line["step"] for line in lines] == [1, 2, 3] and all(math.isfinite(line["loss"]) for line in lines)
     assert Image.open("run/loss.png").size == (640, 360) and Image.open("run/sample_000002.png").height > 2 * 256
@@ -651,7 +651,7 @@ def test_several_videos(place, capsys):
     words = ["--video", "other.npy", "--prompt", "a car", "--prompt", "a wall"]
     assert train_on("clip.npy", "--out", "run", *words) == 0
     Path("list.csv").write_text("prompt,video,more\na car,clip.npy,1\na wall,other.npy,2\n")
-    shutil.copytree("run", "listed", ignore=shutil.ignore_patterns("[!g]*"))
+    shutil.copytree("run", "listed", ignore=shutil.ignore_patterns("[!gm]*", "metrics*"))
     assert train_on("list.csv", "--out", "listed") == 0
     assert Path("run/metrics.jsonl").read_bytes() == Path("listed/metrics.jsonl").read_bytes()
     order = item_order(2, Recipe().seed)
@@ -749,18 +749,17 @@ def test_resume_of_another_run(capsys, place):
     np.save("clip.npy", INPUTS["warp"][1:37])
     refused(capsys, "clip.npy", ["--resume"], "clips")
     np.save("clip.npy", INPUTS["warp"][:36])
+    whole = Path("run/state.safetensors").read_bytes()
     state, header = read("run/state.safetensors")
-    key = "blocks.0.attn1.to_k.lora_A.weight"
-    width = state[key].shape[1] + 4
-    save_file(state | {key: torch.zeros(RANK, width)}, "run/state.safetensors", header)
-    refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], "not a state of this model", key, str(width))
-    save_file({name: value for name, value in state.items() if name != key}, "run/state.safetensors", header)
-    refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], key, "nothing")
     save_file(state, "run/state.safetensors")
     refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], "state.safetensors", "not a state")
-    whole = Path("run/state.safetensors").read_bytes()
+    save_file({**state, "rng": torch.zeros(3)}, "run/state.safetensors", header)
+    refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], "state.safetensors", "changed since it was written")
     Path("run/state.safetensors").write_bytes(whole[:-50])
     refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], "state.safetensors", "not a complete")
+    Path("run/state.safetensors").write_bytes(whole)
+    shutil.copytree(DISTILLED, "renamed")
+    assert train_on("clip.npy", "--out", "run", "--resume", "--set", "steps=3", weights="renamed") == 0  # the same content
 
 
 def test_as_a_program(place):
