@@ -56,6 +56,7 @@ from helios.load import (
     add_trigger,
     default_weights,
     embed_prompts,
+    files_read,
     load_models,
     size_multiple,
 )
@@ -300,7 +301,7 @@ def describe_run(args: argparse.Namespace, job: Job, clips: list[Clip]) -> dict:
     """What the LoRA depends on; weights and frames by what they hold."""
     data = [{"video": source.video.name, "prompt": source.prompt, "geometry": clip.forward.path.name}
             for source, clip in zip(job.sources, clips)]  # the geometry's name stands for the frames too
-    weights = {part: fingerprint(args.weights / part) for part in ("transformer", "vae", "text_encoder")}
+    weights = fingerprint(args.weights, files_read(args.weights))
     return {"base": args.weights.resolve().name, "weights": weights, "fp8": args.memory == "fp8", "size": job.size,
             "clips": data, "recipe": asdict(job.recipe)}
 

@@ -146,6 +146,18 @@ def read_config(config_class: type, path: Path, more: dict | None = None):
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+def snapshot(folder: Path, name: str) -> Path:
+    """The folder that has the file `name`: `folder` itself or, if it is a model's in the Hugging Face cache (with
+    snapshots/ and refs/main), its snapshot. Raises ValueError if there are several and none is the main one."""
+    there = sorted(path.parent for path in folder.glob(f"snapshots/*/{name}"))
+    main = folder / "refs" / "main"
+    named = main.read_text(errors="replace").strip() if there and main.is_file() else ""
+    there = [path for path in there if path.name == named] or there
+    if len(there) > 1:
+        raise ValueError(f"{folder}: {len(there)} snapshots there, expected the path of one of them")
+    return there[0] if there else folder
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder: shards named by an index, or a single file, or, with a printed word,
     those of a variant such as fp16 if there are no others."""

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from files.checkpoint import Layers, Network, build_from, count_numbers, fill, open_safetensors
+from files.checkpoint import Layers, Network, build_from, count_numbers, fill, open_safetensors, snapshot
 from files.machine import free_memory, network_dtype
 
 HEAD_DIM = 64  # of every attention: the one size that no shape tells
@@ -478,9 +478,9 @@ def load_pi3x(path: str | Path, device: torch.device | str = "cpu", dtype: torch
 
 
 def find_pi3x(choice: Path | None, weights: Path) -> Path | None:
-    """The file to use: the user's, or that in the weights' folder or beside it."""
+    """The file to use: the user's, which may be a folder with it, or that in the weights' folder or beside it."""
     if choice is not None:
-        return choice
+        return snapshot(choice, "model.safetensors") / "model.safetensors" if choice.is_dir() else choice
     places = (folder / "Pi3X" / "model.safetensors" for folder in (weights, weights.parent))
     return next((path for path in places if path.is_file()), None)
 

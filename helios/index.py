@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from files.checkpoint import read_config
+from files.checkpoint import read_config, snapshot
 from files.settings import require
 
 
@@ -59,16 +59,8 @@ def read_index(weights: Path) -> ModelIndex:
 
 
 def check_weights(weights: Path) -> Path:
-    """The folder in the official layout that is meant: `weights` itself, or, if that is a model's folder in the
-    Hugging Face cache, its snapshot. Raises ValueError if there is none."""
-    snapshots, main = weights / "snapshots", weights / "refs" / "main"
-    if snapshots.is_dir():
-        there = sorted(path for path in snapshots.iterdir() if (path / "model_index.json").is_file())
-        named = main.read_text(errors="replace").strip() if main.is_file() else ""
-        there = [path for path in there if path.name == named] or there
-        if len(there) > 1:
-            raise ValueError(f"--weights {weights}: {len(there)} snapshots there, expected the path of one of them")
-        weights = there[0] if there else weights
+    """The folder in the official layout that is meant (`snapshot`). Raises ValueError if there is none."""
+    weights = snapshot(weights, "model_index.json")
     if not (weights / "model_index.json").is_file():
         raise ValueError(f"--weights {weights}: no model_index.json there; weights/README.md says what to download")
     return weights

@@ -44,8 +44,8 @@ class Tokenizer:
             check_pointer(file)
         try:
             self.model = SentencePieceProcessor(model_file=str(file))
-        except (OSError, RuntimeError) as error:  # which of them depends on its version
-            raise ValueError(f"{file}: expected a sentencepiece model, found {error}") from None
+        except (OSError, RuntimeError, ValueError) as error:  # which of them depends on its version
+            raise ValueError(f"{file}: expected a sentencepiece model, found {str(error)[:300]}") from None
 
     def __call__(self, text: str, max_length: int = 512) -> list[int]:
         """Cleaned text -> ids, cut so that with the final </s> there are at most `max_length`, which is said; not

@@ -38,7 +38,7 @@ from geometry.pi3x import load_pi3x
 from helios.flow import load_schedule
 from helios.index import read_index
 from helios.lora import load_lora
-from helios.text import UMT5Encoder
+from helios.text import Tokenizer, UMT5Encoder
 from helios.vae import VAE
 from model import Helios
 from wah import model_options
@@ -315,6 +315,8 @@ READERS: dict[str, tuple[str, Callable[[], list[bytes]], Callable[[Random, bytes
     "text_encoder": (".json", lambda: [(DISTILLED / "text_encoder" / "config.json").read_bytes()], mutate_json,
                      check_config("text_encoder", UMT5Encoder)),
     "vae": (".json", lambda: [(DISTILLED / "vae" / "config.json").read_bytes()], mutate_json, check_config("vae", VAE)),
+    "tokenizer": (".model", lambda: [(DISTILLED / "tokenizer" / "spiece.model").read_bytes()], mutate_bytes,
+                  lambda file: Tokenizer(file)("a b")),
     "shards": (".json", lambda: [b'{"metadata": {}, "weight_map": {"a": "diffusion_pytorch_model.safetensors"}}'],
                mutate_json, check_shards),
     "path json": (".json", lambda: in_paths(".json"), mutate_json, load_path),

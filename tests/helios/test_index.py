@@ -6,6 +6,7 @@ import math
 import pytest
 
 from files.writing import fingerprint
+from geometry.pi3x import find_pi3x
 from helios.index import check_weights, read_index
 
 GOOD = {"scheduler": ["diffusers", "HeliosScheduler"]}
@@ -37,6 +38,15 @@ def test_the_root_of_a_cache_folder(tmp_path):
     assert check_weights(home / "snapshots" / "abc") == home / "snapshots" / "abc"
     with pytest.raises(ValueError, match="no model_index.json there"):
         check_weights(tmp_path)
+
+
+def test_the_geometry_of_a_cache_folder(tmp_path):
+    home = tmp_path / "models--A--Pi3X"
+    (home / "snapshots" / "abc").mkdir(parents=True)
+    (home / "snapshots" / "abc" / "model.safetensors").touch()
+    assert find_pi3x(home, tmp_path) == find_pi3x(home / "snapshots" / "abc", tmp_path)
+    assert find_pi3x(home, tmp_path) == home / "snapshots" / "abc" / "model.safetensors"
+    assert find_pi3x(tmp_path / "x.safetensors", tmp_path) == tmp_path / "x.safetensors"
 
 
 def test_hidden_files_are_no_part_of_a_fingerprint(tmp_path):
