@@ -4,7 +4,9 @@ What a file is, is told by its content. Pictures come upright, in sRGB, over whi
 Pillow, as the official code does it. Videos are read frame by frame.
 """
 
+import logging
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from files.arrays import read_arrays
 from files.cli import note
-from files.video import check_pixels, decode
+from files.video import MAX_PIXELS, check_pixels, decode
 
 try:
     from pillow_heif import register_heif_opener
@@ -29,7 +31,9 @@ except ImportError:
 else:
     register_heif_opener()
 
-Image.MAX_IMAGE_PIXELS = None  # `check_pixels` has the limit
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses what is twice as large
+warnings.filterwarnings("ignore", module="PIL")  # what is wrong with a file is said in one line
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 # What Pillow may read: none that starts another program. A file without a mark of its own, .tga, is tried last.
 FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "AVIF", "HEIF", "GIF", "TIFF", "BMP", "DIB", "PPM", "JPEG2000", "QOI", "DDS",
            "ICO", "PCX", "SGI", "TGA"]
@@ -70,8 +74,9 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise ValueError(f"{path}: no such picture file")
     try:
         with Image.open(path, formats=readable_formats()) as image:
-            check_pixels(*image.size)
             yield image
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: a picture of more than {MAX_PIXELS:,} pixels; make it smaller") from None
     except Exception as error:  # as above
         with open(path, "rb") as file:
             heic = re.match(b"....ftyp(hei|hev|mif1|msf1)", file.read(12), re.DOTALL)
@@ -92,6 +97,7 @@ def open_image(path: str | Path) -> Image.Image:
 def open_animation(path: str | Path) -> Iterator[Image.Image]:
     with opened(path) as image:
         for each in ImageSequence.Iterator(image):
+            check_pixels(*each.size)
             yield each.copy()
 
 
