@@ -80,7 +80,8 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
     except Exception as error:  # as above
         with open(path, "rb") as file:
             heic = re.match(b"....ftyp(hei|hev|mif1|msf1)", file.read(12), re.DOTALL)
-        reason = "HEIC is read with the package pillow-heif: pip install pillow-heif" if heic else error
+        lacking = heic and "HEIF" not in Image.OPEN
+        reason = "HEIC is read with the package pillow-heif: pip install pillow-heif" if lacking else error
         raise ValueError(f"{path}: not a readable picture ({reason})") from None
 
 
