@@ -43,7 +43,16 @@ from geometry.pi3x import Pi3X, find_pi3x, pi3x_source
 from geometry.surface import PIXEL_LIMIT, estimate, place
 from helios.flow import load_schedule
 from helios.index import check_weights, read_index
-from helios.load import MEMORY, default_weights, encode_prompts, files_read, find_lora, load_models, size_multiple
+from helios.load import (
+    MEMORY,
+    default_weights,
+    encode_each,
+    files_read,
+    find_lora,
+    load_models,
+    prompt_at,
+    size_multiple,
+)
 from helios.lora import Lora, load_lora
 from memory import Camera, Memory
 from model import Helios
@@ -69,6 +78,7 @@ PRESETS = {"official": {}, "realtime": {
 class Settings(Options):
     """What --set reaches: how to sample, and what a run seldom needs otherwise."""
 
+    prompt_blend: int = 1  # chunks that a switch of the prompt takes ("a street | a street at night"); Helios takes 3
     preset: str = "official"  # or realtime: one word for the settings of `PRESETS`, each of which can still be set
     samples: int = 4  # of the surface, along each side of its quads
     geometry_pixels: int | None = None  # at most, in the maps of a picture's geometry; none: the official 255,000
@@ -88,6 +98,7 @@ class Settings(Options):
         require(
             self,
             ("preset", self.preset in PRESETS, " or ".join(PRESETS)),
+            ("prompt_blend", 1 <= self.prompt_blend <= 100, "from 1 to 100"),
             ("samples", 1 <= self.samples <= 16, "from 1 to 16"),
             ("geometry_pixels", 1000 <= (self.geometry_pixels or 1000) <= 10**7, "from 1000 to 10000000"),
             ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
@@ -117,7 +128,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     camera.add_argument("--warp", type=Path, nargs="+", help="finished warp, mp4 or npy; and its mask, else all"
                                                              " is visible")
     group.add_argument("--depth", type=Path, help="depth map of the picture, instead of Pi3X: npy, npz, 16-bit png")
-    group.add_argument("--prompt", default="", help="what the video shows")
+    group.add_argument("--prompt", default="", help='what it shows; for each chunk: "a street | the same at night"')
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, default=Path("out.mp4"))
     group.add_argument("--size", help="HEIGHTxWIDTH, multiples of 64, or 16 (default: 384x640, or the model's own)")
@@ -294,7 +305,7 @@ def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, in
             raise ValueError("--set fov: the field of view comes from Pi3X; it is used with --depth, or without Pi3X")
         image = fit_image(picture, size).to(settings.device)
         keyframes = settings.keyframes or read_index(args.weights).keyframes
-        camera = Memory(pi3x, image, size, rendering, keyframes, unit, settings.geometry_pixels)
+        camera = Memory(pi3x, image, size, rendering, keyframes=keyframes, unit=unit, limit=settings.geometry_pixels)
         source = f"Pi3X of {file}"
     else:
         if settings.keyframes is not None:
@@ -439,21 +450,22 @@ def name_files(args: argparse.Namespace, settings: Settings) -> tuple[dict[str, 
 def generate(args: argparse.Namespace, job: Job, output: Output) -> Rollout:
     """Load the networks and make the video; Ctrl-C after the first chunk ends it early."""
     settings, start = job.settings, job.start
-    prompts = encode_prompts(args.weights, args.prompt, job.lora is not None, settings.guidance > 1, settings.device,
-                             args.memory)
+    said = [part.strip() for part in args.prompt.split("|")]
+    prompts = encode_each(args.weights, said, job.lora is not None, settings.guidance > 1, settings.device, args.memory)
     models = load_models(Helios, args.weights, settings.device, args.memory)
     if settings.compile:
         models.transformer.compile_blocks()
     progress = Progress(settings, models.schedule.sampler == "dmd", job.chunks)
     generator = torch.Generator("cpu").manual_seed(args.seed)
     begin, already = time.perf_counter(), len(output.counts)
-    rollout = Rollout(models, prompts, job.size, generator, start.image, start.video, start.camera, job.lora, settings,
-                      progress)
+    rollout = Rollout(models, prompts[0], job.size, generator, start.image, start.video, start.camera, job.lora,
+                      settings, progress)
     if output.rollout is not None:
         rollout.restore(output.rollout)
     try:
         for control in islice(job.controls, already, None):
-            chunk = rollout.next(control.poses, control.warp)
+            prompt = prompt_at(prompts, rollout.chunk, settings.prompt_blend)
+            chunk = rollout.next(control.poses, control.warp, prompt)
             output.add(pictures(chunk), chunk.latents, rollout.state())
     except KeyboardInterrupt:
         if not output.count:

@@ -109,12 +109,28 @@ def embed_prompts(weights: Path, prompts: Iterable[str], device: torch.device | 
 def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device: torch.device | str,
                    memory: str = "full", negative: str = NEGATIVE_PROMPT) -> Prompts:
     """What one run needs of the text encoder."""
-    trigger = add_trigger(prompt) if lora else None
-    unwanted = negative if guided else None
-    wanted = [each for each in (prompt, trigger, unwanted) if each is not None]
+    return encode_each(weights, [prompt], lora, guided, device, memory, negative)[0]
+
+
+def encode_each(weights: Path, prompts: list[str], lora: bool, guided: bool, device: torch.device | str,
+                memory: str = "full", negative: str = NEGATIVE_PROMPT) -> list[Prompts]:
+    """The same for several prompts, with the text encoder read once."""
+    wanted = {*prompts, *(map(add_trigger, prompts) if lora else ()), *([negative] if guided else ())}
     embedded = embed_prompts(weights, wanted, device, memory)
-    others = (None if each is None else embedded[each] for each in (trigger, unwanted))
-    return Prompts(embedded[prompt], *others)
+    return [Prompts(embedded[prompt], embedded[add_trigger(prompt)] if lora else None,
+                    embedded[negative] if guided else None) for prompt in prompts]
+
+
+def prompt_at(prompts: list[Prompts], chunk: int, blend: int = 1) -> Prompts:
+    """That of a chunk (from 0 on): each prompt leads one, the last holds. With a `blend` of n chunks a switch is
+    slow: in the chunk where it would come the new one has no share yet, n - 1 chunks later it is alone; between them
+    they are mixed.
+    """
+    seen = [prompts[min(max(chunk - lag, 0), len(prompts) - 1)] for lag in (range(1, blend) if blend > 1 else (0,))]
+    if all(each is seen[0] for each in seen):
+        return seen[0]
+    columns = zip(*(vars(each).values() for each in seen))
+    return Prompts(*(None if column[0] is None else torch.stack(column).mean(0) for column in columns))
 
 
 # ------------------------------------------------------------------------------------------------ what lies beside them

@@ -410,6 +410,18 @@ def test_memory_modes(place, mode):
         assert not torch.equal(full, other)
 
 
+def test_a_prompt_for_each_chunk(place):
+    """Up to the switch the video is that of the first prompt alone; a slow switch comes a chunk later."""
+    made = {}
+    for name, words in {"one": ["--prompt", "a street"], "two": ["--prompt", "a street | a street at night"],
+                        "slow": ["--prompt", "a street|a street at night", "--set", "prompt_blend=3"]}.items():
+        assert sample("--frames", "99", "--set", "steps=1,1,1", f"latents={name}.safetensors", *words) == 0
+        made[name] = load_file(f"{name}.safetensors")["latents"].split(9, dim=2)
+    one, two, slow = made.values()
+    assert torch.equal(one[0], two[0]) and not torch.equal(one[1], two[1])
+    assert torch.equal(one[1], slow[1]) and not torch.equal(one[2], slow[2])
+
+
 def test_same_seed_same_video(place):
     words = ["--image", "image.png", "--move", "up 1", "--set", "latents=x.safetensors"]
     made = []
