@@ -398,9 +398,10 @@ def check_camera(pi3x: Pi3X, video: Path, path: CameraPath) -> dict:
 
 
 def measure(job: Job, video: Path) -> dict[str, float]:
-    """Seams and drift of the finished video, and, where Pi3X is at hand, how far its camera is from the path."""
+    """Seams and drift of the finished video, and, where Pi3X is at hand and can compare two frames, how far its camera
+    is from the path."""
     found = steadiness(read_frames(video))
-    if job.pi3x is not None and job.path is not None:
+    if job.pi3x is not None and job.path is not None and job.frames > CHECK_STRIDE:
         found |= check_camera(job.pi3x(), video, job.path)
     return found
 

@@ -174,6 +174,14 @@ def test_geometry_from_the_picture_alone(place, capsys):
     assert len(read("out.mp4")) == len(read("out_warp.mp4")) == 40
 
 
+def test_the_check_of_a_short_video_has_no_camera(place):
+    """Every fourth frame is looked at, and one alone has no path."""
+    words = ["--image", "image.png", *PI3X, "--move", "forward 1", "--frames", "4", "--set", "check=true", "steps=1,1,1"]
+    assert sample(*words) == 0
+    measured = json.loads((place / "out_check.json").read_text())
+    assert measured["sharpness"] > 0 and "rotation_degrees" not in measured
+
+
 def test_keyframes_are_the_weights_own(place, monkeypatch):
     """8, or what model_index.json says, or what the user says."""
     weights, seen = place / "weights", []
