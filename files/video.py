@@ -43,12 +43,14 @@ def decode(path: Path) -> Iterator[np.ndarray]:
                 raise ValueError("there is none in it, or none of a known codec")
             check_pixels(streams[0].codec_context.width, streams[0].codec_context.height)
             yield from decode_stream(path, container, streams[0])
-    except (av.FFmpegError, ValueError) as error:
+    except (av.FFmpegError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a readable video ({getattr(error, 'strerror', None) or error})") from None
 
 
 def decode_stream(path: Path, container, stream) -> Iterator[np.ndarray]:
     stream.thread_type = "AUTO"
+    length, index = path.stat().st_size, list(stream.index_entries)
+    missing = sum(entry.pos + entry.size > length for entry in index)  # an edit list leaves frames out rightly
     packets = damaged = 0
     for packet in container.demux(stream):
         packets += packet.size > 0
@@ -60,10 +62,9 @@ def decode_stream(path: Path, container, stream) -> Iterator[np.ndarray]:
             damaged += frame.is_corrupt
             check_pixels(frame.width, frame.height)
             yield to_rgb(frame, stream.sample_aspect_ratio, stream.codec_context.color_trc)
-    missing = max(stream.frames - packets, 0)  # some files don't say how many there should be: 0
     if missing or damaged:
-        note(f"{path}: cut off or damaged, {missing} of its {max(stream.frames, packets)} frames are missing and"
-             f" {damaged} damaged")
+        note(f"{path}: cut off or damaged, {missing} of its {max(len(index), packets)} frames are missing and {damaged}"
+             " damaged")
 
 
 def check_pixels(width: int, height: int) -> None:
@@ -77,7 +78,7 @@ def to_rgb(frame: av.VideoFrame, pixel_aspect: Fraction | None, transfer: int) -
     width = round(frame.width * (pixel_aspect or 1))
     layout = "rgb48le" if deep else "rgb24"
     pixels = frame.reformat(width=width, format=layout, interpolation=Interpolation.BICUBIC).to_ndarray()
-    return np.ascontiguousarray(np.rot90(tone_map(pixels, transfer) if deep else pixels, frame.rotation // 90))
+    return np.ascontiguousarray(np.rot90(tone_map(pixels, transfer) if deep else pixels, round(frame.rotation / 90)))
 
 
 @cache

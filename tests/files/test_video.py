@@ -253,6 +253,19 @@ def test_a_turned_phone(tmp_path, quarters):
     assert np.abs(media.load_video(tmp_path / "v.mp4")[0].astype(int) - upright).mean() < 3
 
 
+def test_an_edit_list_is_no_damage(tmp_path, capsys):
+    """A clip that was cut short on the phone still holds the frames before its begin."""
+    encode(tmp_path / "v.mp4", [SMOOTH // 40 * index for index in range(40)], gop_size=5)
+    content = bytearray((tmp_path / "v.mp4").read_bytes())
+    entry = content.find(b"elst") + 12  # its length, then where it begins, in 1/19200 s and the like
+    begin = int.from_bytes(content[entry + 4:entry + 8], "big")
+    with av.open(tmp_path / "v.mp4") as container:
+        begin += int(20 / 30 / container.streams.video[0].time_base)
+    content[entry + 4:entry + 8] = begin.to_bytes(4, "big")
+    (tmp_path / "v.mp4").write_bytes(content)
+    assert len(media.load_video(tmp_path / "v.mp4")) == 20 and capsys.readouterr().err == ""
+
+
 def test_what_a_damaged_video_lost_is_said(tmp_path, capsys):
     noise = RNG.integers(0, 256, (40, 64, 64, 3), dtype=np.uint8)
     encode(tmp_path / "whole.mp4", noise)
