@@ -6,8 +6,7 @@ points and confidence per pixel (convolutional heads), a camera per picture, and
 the reference: reordering them reorders the outputs, and "world" is a frame of the network's own choice.
 Parameter names are the checkpoint's. In a bf16 model only the matrix products before the heads are bf16, close to the
 official autocast: norms, residual streams, heads and all after them stay fp32.
-Left out: the multimodal branch (depth, rays or poses as inputs; its tensors in a file are skipped), and intrinsics with
-a free principal point.
+Left out: the multimodal branch (depth, rays or poses as inputs; its tensors in a file are skipped).
 """
 
 import math
@@ -105,12 +104,9 @@ class Pi3XConfig:
             encoder_hidden=size("encoder.blocks.0.mlp.fc1.weight", 0),
             decoder_blocks=count("decoder"),
             decoder_hidden=size("decoder.1.mlp.fc1.weight", 0),  # 1, as the branches need two blocks
-            point=branch("point_decoder"),
-            conf=branch("conf_decoder"),
-            camera=branch("camera_decoder"),
-            metric=branch("metric_decoder"),
-            point_head=head("point_head"),
-            conf_head=head("conf_head"),
+            point=branch("point_decoder"), conf=branch("conf_decoder"),
+            camera=branch("camera_decoder"), metric=branch("metric_decoder"),
+            point_head=head("point_head"), conf_head=head("conf_head"),
         )
 
 
@@ -368,23 +364,6 @@ def nearest_rotation(nine: Tensor) -> Tensor:
     v, ut = vt.mT, u.mT
     handedness = torch.linalg.det(v @ ut)[..., None, None]  # -1 for a reflection
     return torch.cat([v[..., :2], v[..., 2:] * handedness], dim=-1) @ ut
-
-
-def focal_from_rays(local_points: Tensor) -> Tensor:
-    """Points or rays per pixel in the camera [..., H, W, 3] -> pinhole intrinsics [..., 3, 3] in pixels.
-
-    The principal point is the picture's centre; the two focal lengths are those of least squares over all pixels.
-    """
-    height, width = local_points.shape[-3:-1]
-    cx, cy = (width - 1) / 2, (height - 1) / 2
-    rays = F.normalize(local_points, dim=-1)
-    slopes = rays[..., :2] / (rays[..., 2:].abs() + 1e-10)  # kept for parity: what is behind counts as in front
-    u, v = torch.arange(width, device=rays.device) - cx, torch.arange(height, device=rays.device) - cy
-    offsets = torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)  # [H, W, 2]
-    focal = (slopes * offsets).sum(dim=(-3, -2)) / slopes.square().sum(dim=(-3, -2))
-    intrinsics = torch.diag_embed(F.pad(focal, (0, 1), value=1.0))
-    intrinsics[..., 0, 2], intrinsics[..., 1, 2] = cx, cy
-    return intrinsics
 
 
 class Pi3X(Network):

@@ -14,7 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from files.media import fit_image, kept_share, to_u8
-from geometry.pi3x import Pi3X, focal_from_rays
+from geometry.pi3x import Pi3X
 
 PATCH, PIXEL_LIMIT = 14, 255_000  # geometry maps have the input size of Pi3X
 MIN_CONFIDENCE = 0.1
@@ -130,6 +130,24 @@ def transform(pose: Tensor, x: Tensor, y: Tensor, z: Tensor) -> list[Tensor]:
     """Points through a pose. Not a matmul, which may use TF32 on CUDA and differs from CPU to CPU, but a chain of fused
     multiply-adds: so rounds the official matrix product, which decides between equally deep samples."""
     return [fused(fused(a * x, y, b), z, c).add_(t) for a, b, c, t in pose[:3].tolist()]
+
+
+def focal_from_rays(local_points: Tensor) -> Tensor:
+    """Points or rays per pixel in the camera [..., H, W, 3] -> pinhole intrinsics [..., 3, 3] in pixels.
+
+    The principal point is the picture's centre; the two focal lengths are those of least squares over all pixels. Left
+    out: a free principal point.
+    """
+    height, width = local_points.shape[-3:-1]
+    cx, cy = (width - 1) / 2, (height - 1) / 2
+    rays = F.normalize(local_points, dim=-1)
+    slopes = rays[..., :2] / (rays[..., 2:].abs() + 1e-10)  # kept for parity: what is behind counts as in front
+    u, v = torch.arange(width, device=rays.device) - cx, torch.arange(height, device=rays.device) - cy
+    offsets = torch.stack(torch.meshgrid(u, v, indexing="xy"), dim=-1)  # [H, W, 2]
+    focal = (slopes * offsets).sum(dim=(-3, -2)) / slopes.square().sum(dim=(-3, -2))
+    intrinsics = torch.diag_embed(F.pad(focal, (0, 1), value=1.0))
+    intrinsics[..., 0, 2], intrinsics[..., 1, 2] = cx, cy
+    return intrinsics
 
 
 def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor | None = None,

@@ -14,13 +14,13 @@ from geometry.pi3x import (
     Pi3X,
     Pi3XConfig,
     append_view_plane,
-    focal_from_rays,
     load_pi3x,
     nearest_rotation,
     resize_positions,
     rope_table,
     rotate,
 )
+from geometry.surface import focal_from_rays
 
 WEIGHTS = GEOMETRY / "pi3x_weights.safetensors"
 UNITS = tensors(GEOMETRY / "pi3x_units.safetensors")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from geometry.camera import inverse, move_path
-from geometry.pi3x import Branch, Pi3X, Pi3XConfig, Prediction, focal_from_rays, load_pi3x, nearest_rotation
-from geometry.surface import estimate, pinhole
+from geometry.pi3x import Branch, Pi3X, Pi3XConfig, Prediction, load_pi3x, nearest_rotation
+from geometry.surface import estimate, focal_from_rays, pinhole
 from mini import geometry, world
 from mini.geometry import (
     INPUT,
