@@ -99,7 +99,8 @@ def measure(device: torch.device, call: Callable[[], Tensor]) -> tuple[Tensor, f
     clock.lap("before")
     output = call()
     clock.lap("call")
-    return output, clock.seconds["call"], None if before is None else peak() - before
+    after = peak()
+    return output, clock.seconds["call"], None if before is None or after is None else after - before
 
 
 def compare(what: str, ours: Tensor, peer: Tensor, tolerance: float) -> float:
@@ -117,7 +118,8 @@ def race(setup: Setup, what: str, *calls: Callable[[], Tensor], tokens: int | No
     for _ in range(setup.rounds):
         outputs, *figures = zip(*(measure(setup.device, call) for call in calls))
         if not rounds and len(calls) == 2:
-            difference = compare(what, *outputs, slack * (1e-4 if setup.scale.dtype == torch.float32 else 0.05))
+            tolerance = slack * (1e-4 if setup.scale.dtype == torch.float32 else 0.05)
+            difference = compare(what, outputs[0], outputs[1], tolerance)
         rounds.append(figures)
     seconds, memory = (zip(*column) for column in zip(*rounds))  # by side
     most = tuple(None if None in side else max(side) for side in memory)
@@ -269,7 +271,8 @@ def cells(row: Row, rate: float) -> list[str]:
     def show(value: float | None, form: str, unit: float = 1) -> str:
         return "" if value is None else format(value / unit, form)
 
-    (ours, peer), memory = (*row.seconds, None)[:2], (*row.memory, None, None)[:2]
+    ours, peer = row.seconds[0], row.seconds[1] if len(row.seconds) > 1 else None
+    memory = (*row.memory, None, None)[:2]
     speed = row.flop and row.flop / ours
     return [row.what, show(row.tokens, ".0f"), show(ours, ".3g"), show(peer, ".3g"), show(peer and ours / peer, ".2f"),
             show(row.difference, ".1e"), show(row.flop, ".3g", 1e12), show(speed, ".3g", 1e12),

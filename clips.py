@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache, partial
 from itertools import permutations
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -159,7 +160,7 @@ def read_csv(path: Path) -> list[Source]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)
-            columns = reader.fieldnames or []
+            columns = list(reader.fieldnames or [])
             for row in reader if {"video", "prompt"} <= set(columns) else ():
                 sources.append(read_row(path, columns, row))
     except UnicodeDecodeError:
@@ -245,13 +246,14 @@ def files_beside(video: Path) -> tuple[Path, Path] | None:
 
 def known_geometry(video: Path, poses: Path, depth: Path, frames: Tensor, where: Where) -> Path:
     """The geometry of a clip whose camera and depths are known, in one unit, as a file."""
-    camera, depths, size = load_path(poses), read_depths(depth), tuple(frames.shape[2:])
+    camera, depths = load_path(poses), read_depths(depth)
+    height, width = frames.shape[2:]
     if not len(depths) == len(camera.c2w) == len(frames):
         raise ValueError(f"{poses} has {len(camera.c2w)} poses and {depth} {len(depths)} maps, expected {len(frames)}"
                          f" of each, as {video} has frames")
     fov_x, geometries = choose_fov(None, camera), []
     for pose, picture, each in zip(camera.c2w, media.read_frames(video), depths):
-        _, geometry = place(Image.fromarray(picture), each, fov_x, size)
+        _, geometry = place(Image.fromarray(picture), each, fov_x, (height, width))
         points = torch.stack(transform(pose, *geometry.points.unbind(-1)), dim=-1)
         geometries.append(replace(geometry, points=points, c2w=pose))
     digests = [torch.cat([each.points.flatten(), each.c2w.flatten()]).numpy().tobytes() for each in geometries]
@@ -285,6 +287,11 @@ class Clip:
     forward: Geometries
     reverse: Geometries
 
+    @property
+    def size(self) -> tuple[int, int]:
+        height, width = self.frames.shape[2:]
+        return height, width
+
     def pixels(self, *index: int) -> Tensor:
         """Frames [1, 3, len(index), H, W] in [-1, 1]."""
         return rearrange(self.frames[list(index)], "t c h w -> 1 c t h w") / 255 * 2 - 1
@@ -296,7 +303,7 @@ def render_case(clip: Clip, case: Case, atlas: bool = True, fill: str = "mean") 
     poses = normalize(geometries.c2w[case.path], len(case.path))
     keyframes = [geometries[index] for index in case.keyframes]
     frames = render_keyframes(keyframes, poses) if atlas or case.later else render_frames(keyframes[0], poses)
-    warp = collect(frames, tuple(clip.frames.shape[2:]))
+    warp = collect(frames, clip.size)
     frames, visible = warp.frames[:, :, -WINDOW:], warp.visible[:, :, -WINDOW:]  # a later one begins with the keyframe
     frames, visible = (change_form(each, case.form) for each in (frames, visible))
     warp = fill_warp(Warp(frames, visible), fill)
@@ -324,7 +331,9 @@ class Conditions:
         shape = size[0] // vae.space_factor, size[1] // vae.space_factor
         self.image_noise, self.fake_noise, _, self.warp_noise = (  # the third, unused: kept for parity
             torch.randn(1, vae.config.z_dim, count, *shape, generator=generator) for count in (1, CHUNK, 1, CHUNK))
-        self.image, self.target, self.warp = map(lru_cache(limit), (self.make_image, self.make_target, self.make_warp))
+        self.image = lru_cache(limit)(self.make_image)
+        self.target = lru_cache(limit)(self.make_target)
+        self.warp = lru_cache(limit)(self.make_warp)
 
     def encode(self, video: Tensor, noise: Tensor | None) -> Tensor:
         """Of a video [1, 3, 1 + 4k, H, W] the posterior's sample, or without noise its mode."""
@@ -367,14 +376,15 @@ def load_clips(sources: list[Source], known: list[tuple[Path, Path]], pi3x: Path
         raise ValueError("no geometry: give the Pi3X weights (--geometry FILE; weights/README.md says where they are),"
                          " or the clip's own --poses and --depth")
     frames = [read_frames(source.video, size) for source in sources]
-    network = cache(partial(load_pi3x, pi3x, device, network_dtype(device)))
+    weights = cast(Path, pi3x)  # or, without any, each clip brings its own geometry
+    network = cache(partial(load_pi3x, weights, device, network_dtype(device)))
     clips = []
     for source, each, files in zip(sources, frames, given):
         if files is not None:
             path = known_geometry(source.video, *files, each, where)
             forward, reverse = Geometries(path, device), Geometries(path, device, backwards=True)
         else:
-            estimated = partial(estimate_clip, pi3x, network, pixels=pixels, where=where)
+            estimated = partial(estimate_clip, weights, network, pixels=pixels, where=where)
             forward, reverse = (Geometries(estimated(images), device) for images in (each, each.flip(0)))
         clips.append(Clip(add_trigger(source.prompt), each, forward, reverse))
         print(f"{source.video}: {len(each)} frames, prompt {clips[-1].prompt!r}, geometry {forward.path.name},"

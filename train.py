@@ -178,7 +178,7 @@ def new_lora(transformer: Helios, recipe: Recipe, generator: torch.Generator) ->
     """fp32 adapters as PEFT makes them: A Kaiming-uniform, B zero. Kept for parity: both are drawn before A counts."""
     device, adapters = transformer.proj_out.weight.device, {}
     for name in (f"blocks.{index}.{target}" for index in range(transformer.config.num_layers) for target in TARGETS):
-        out, into = transformer.get_submodule(name).weight.shape
+        out, into = transformer.get_parameter(f"{name}.weight").shape
         down, up = torch.empty(recipe.rank, into), torch.empty(out, recipe.rank)
         for matrix in (down, up, down):
             nn.init.kaiming_uniform_(matrix, a=math.sqrt(5), generator=generator)
@@ -320,7 +320,8 @@ def draw_sample(models: Models[Helios], prompts: Prompts, trainer: Trainer, clip
                       lora=trainer.lora, options=model_options(weights))
     chunk = rollout.next(poses=clip.forward.c2w[:WINDOW])
     models.transformer.set_lora(trainer.lora)
-    rows = {"video": clip.pixels(*range(WINDOW)), "warp": chunk.warp.frames, f"step {trainer.steps}": chunk.frames}
+    led = {} if chunk.warp is None else {"warp": chunk.warp.frames}
+    rows = {"video": clip.pixels(*range(WINDOW)), **led, f"step {trainer.steps}": chunk.frames}
     save_png(path, contact_sheet({name: to_frames(video / 2 + 0.5) for name, video in rows.items()}))
 
 

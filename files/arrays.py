@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 import numpy as np
 from numpy.lib import format as npy
@@ -21,7 +21,7 @@ SMALL, FACTOR = 2**26, 32  # an array from an archive has at most so many bytes,
 @dataclass(frozen=True)
 class Header:
     shape: tuple[int, ...]
-    order: str  # "C" or "F"
+    order: Literal["C", "F"]
     dtype: np.dtype
 
     @property

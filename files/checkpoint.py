@@ -105,7 +105,7 @@ def conform(value: Any, kind: Any) -> Any:
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else inner
         if len(kinds) == len(value):
             return tuple(map(conform, value, kinds))
-    elif kind is float and type(value) in (int, float) and abs(value) <= 1e9:
+    elif kind is float and isinstance(value, (int, float)) and type(value) is not bool and abs(value) <= 1e9:
         return value
     elif kind is bool and type(value) is bool or kind is str and type(value) is str and len(value) <= 500:
         return value

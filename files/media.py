@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from files.cli import note
 from files.video import MAX_PIXELS, check_pixels, decode
 
 try:
-    from pillow_heif import register_heif_opener
+    from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
 except ImportError:
     pass
 else:
@@ -129,7 +130,7 @@ def to_8_bit(image: Image.Image) -> Image.Image:
 def flatten(image: Image.Image, path: str | Path) -> Image.Image:
     """Over white: what lies hidden under transparency is no part of the picture."""
     image = image.convert("LA" if image.mode in ("L", "LA") else "RGBA")
-    if image.getextrema()[-1][0] < 255:
+    if np.asarray(image.getchannel("A")).min() < 255:
         note(f"{path}: has transparency, taken over white")
     ground = Image.new(image.mode[:-1], image.size, "white")
     ground.paste(image, mask=image)
@@ -142,7 +143,8 @@ def to_srgb(image: Image.Image, profile: bytes, path: str | Path) -> Image.Image
         source = ImageCms.ImageCmsProfile(BytesIO(profile))
         if "sRGB" in ImageCms.getProfileDescription(source):
             return image.convert("RGB")
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return cast(Image.Image, converted)  # None would be that of a change in place
     except (ImageCms.PyCMSError, OSError) as error:
         note(f"{path}: its colour profile can't be used ({error}); the colours are taken for sRGB")
         return image.convert("RGB")
@@ -257,7 +259,7 @@ def resize_frame(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """[h,w,3] uint8 at `size` (height, width), with Pillow's bilinear filter."""
     if frame.shape[:2] == size:
         return frame
-    return np.asarray(Image.fromarray(frame).resize(size[::-1], Image.Resampling.BILINEAR))
+    return np.asarray(Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def to_u8(images: Tensor) -> Tensor:

@@ -12,11 +12,13 @@ from functools import cache
 from io import BytesIO
 from operator import attrgetter
 from pathlib import Path
+from typing import cast
 
 import av
 import av.container
 import av.logging
 import numpy as np
+from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
@@ -43,7 +45,7 @@ def decode(path: Path) -> Iterator[np.ndarray]:
                 raise ValueError("there is none in it, or none of a known codec")
             check_pixels(streams[0].codec_context.width, streams[0].codec_context.height)
             yield from decode_stream(path, container, streams[0])
-    except (av.FFmpegError, ValueError, OSError) as error:
+    except (FFmpegError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a readable video ({getattr(error, 'strerror', None) or error})") from None
 
 
@@ -56,7 +58,7 @@ def decode_stream(path: Path, container, stream) -> Iterator[np.ndarray]:
         packets += packet.size > 0
         try:
             frames = packet.decode()
-        except av.FFmpegError:
+        except FFmpegError:
             frames, damaged = [], damaged + 1
         for frame in frames:
             damaged += frame.is_corrupt
@@ -108,7 +110,7 @@ def tone_map(pixels: np.ndarray, transfer: int) -> np.ndarray:
 
 def count_frames(video: Path) -> int:
     """Pictures that a video file holds, without decoding them."""
-    with open(video, "rb") as file, av.open(file) as container:
+    with open(video, "rb") as file, av.open(file, "r") as container:
         return sum(packet.size > 0 for packet in container.demux(video=0))
 
 
@@ -121,7 +123,7 @@ def named(path: Path | str) -> Iterator[None]:
     av.logging.set_level(av.logging.ERROR)
     try:
         yield
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         words = getattr(error, "log", None)
         words = words[2].strip() if words else error.strerror
         raise OSError(f"{path}: the video could not be written ({words})") from None
@@ -195,7 +197,7 @@ class VideoWriter:
 
     def __exit__(self, error_type, error, traceback) -> None:
         if error_type is not None:
-            with suppress(av.FFmpegError):  # the first error is the one to be told
+            with suppress(FFmpegError):  # the first error is the one to be told
                 self.container.close()
             return
         self.encode(None)
@@ -225,10 +227,10 @@ def join_videos(parts: list[Path], counts: list[int], fps: float, out: Path) -> 
         with open_mp4(out, fps) as joined:
             target = None
             for part, count in zip(parts, counts):
-                with open(part, "rb") as file, av.open(file) as container:
+                with open(part, "rb") as file, av.open(file, "r") as container:
                     source = container.streams.video[0]
                     target = target or joined.add_stream_from_template(source)
-                    tick = round(1 / rate / source.time_base)
+                    tick = round(1 / rate / cast(Fraction, source.time_base))
                     for packet in filter(attrgetter("size"), container.demux(source)):
                         lead = packet.dts if index == 0 else lead
                         packet.pts, packet.dts = packet.pts + begin * tick, lead + index * tick

@@ -9,6 +9,7 @@ lacks, the drop of invisible tokens. What they compute is theirs alone, but for 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,8 +84,8 @@ def cases(transformer: Helios, size: tuple[int, int], schedule: Schedule) -> dic
             **{f"stage {stage}": (grid, native) for stage, grid in enumerate(others, 1)}}
 
 
-def twin(network: Helios | VAE | UMT5Encoder) -> nn.Module:
-    """The peer of the same config with the same weights, which are in memory once."""
+def twin(network: Helios | VAE | UMT5Encoder) -> Any:
+    """The peer of the same config (another package's module) with the same weights, which are in memory once."""
     config = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(network.config).items()}
     if isinstance(network, Helios):
         from diffusers import HeliosTransformer3DModel
