@@ -345,7 +345,7 @@ class Rollout:
         continues.
 
         After an error the rollout is as it was before, so that a second try gives what the first would have."""
-        before = self.state()
+        before, words = self.state(), (self.prompts, self.text_cache)
         if prompts is not None and prompts is not self.prompts:
             self.prompts, self.text_cache = prompts, {}
         try:
@@ -364,6 +364,7 @@ class Rollout:
             return self.finish(latents, warp)
         except BaseException:
             self.restore(before)
+            self.prompts, self.text_cache = words
             raise
         finally:
             self.models.transformer.set_lora(None)

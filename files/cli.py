@@ -55,7 +55,7 @@ def run_program(name: str, program: Callable[[argparse.Namespace], None], args: 
         print(f"{name}: error: {what_fits(args, error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
-        print(f"\n{name}: stopped, {stop or 'nothing written'}", file=sys.stderr)
+        print(f"\n{name}: stopped, {str(stop) or 'nothing written'}", file=sys.stderr)
         return 130
     return 0
 

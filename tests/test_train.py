@@ -762,6 +762,42 @@ def test_resume_of_another_run(capsys, place):
     assert train_on("clip.npy", "--out", "run", "--resume", "--set", "steps=3", weights="renamed") == 0  # the same content
 
 
+def test_resume_needs_the_same_weights(capsys, place):
+    """Their folder's name is not enough; what is not read may change."""
+    weights = place / "weights"
+    shutil.copytree(DISTILLED, weights)
+    assert train_on("clip.npy", "--out", "run", weights=weights) == 0
+    file = weights / "vae" / "diffusion_pytorch_model.safetensors"
+    whole, edited = file.read_bytes(), tensors(file)
+    edited["decoder.conv_out.bias"] += 0.1
+    save_file(edited, file)
+    refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], "weights was", "now it is", weights=weights)
+    file.write_bytes(whole)
+    (weights / "notes.txt").write_text("mine")
+    assert train_on("clip.npy", "--out", "run", "--resume", "--set", "steps=3", weights=weights) == 0
+
+
+def test_recoloured_forms_have_the_bare_trigger(place, monkeypatch):
+    """In other colours the clip's own words would be wrong: every step is told what its form allows."""
+    told, step = [], Trainer.step
+
+    def watch(self, history, clean, text):
+        told.append(text[0][0])
+        return step(self, history, clean, text)
+
+    monkeypatch.setattr(Trainer, "step", watch)
+    words = ["--prompt", "a red car", "--set", "steps=12", "forms=12", "rank=1", "checkpointing=false"]
+    assert train_on("clip.npy", "--out", "run", *words) == 0
+    own, bare = add_trigger("a red car"), add_trigger("")
+    embeddings, network = embed_prompts(DISTILLED, {own, bare}, "cpu"), load(Helios, DISTILLED / "transformer")
+    keys = {prompt: network.text(embeddings[prompt])[0][0] for prompt in (own, bare)}
+    cases = [draw_case(Choices(forms=12), 36, "online_000000", index) for index in range(1, 13)]
+    expected = [bare if case.form > 1 else own for case in cases]  # 0 is the clip itself, 1 its mirror image
+    assert set(expected) == {own, bare}
+    for actual, prompt in zip(told, expected, strict=True):
+        assert torch.equal(actual, keys[prompt])
+
+
 def test_as_a_program(place):
     """The real command line, without and with what it needs."""
     program = [sys.executable, train.__file__, "--weights", str(DISTILLED), "--device", "cpu", "--size", "64x64"]

@@ -1,0 +1,82 @@
+"""What the command lines share: one line for what is wrong, an exit status, and the spelling that --set takes."""
+
+import argparse
+import errno
+import os
+import signal
+
+import pytest
+
+import sample
+import train
+from files.cli import deferred_interrupt, explain, parse_size, run_program
+
+
+def said(capsys, program, words: list[str]) -> str:
+    """The one line on stderr of words that are refused before anything is read."""
+    with pytest.raises(SystemExit) as stop:
+        program.parse(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("program, words, spelling", [
+    (sample, ["--keyframes", "3"], "--keyframes: expected --set keyframes=VALUE"),
+    (sample, ["--image", "x.png", "--warp-sigma=0.1,0.2"], "expected --set warp_sigma=VALUE"),
+    (sample, ["--fov", "50", "--frames", "33"], "--fov: expected --set fov=VALUE"),
+    (train, ["--video", "x", "--rank", "3"], "--rank: expected --set rank=VALUE"),
+])
+def test_a_setting_is_answered_with_its_spelling(capsys, program, words, spelling):
+    assert spelling in said(capsys, program, words)
+
+
+@pytest.mark.parametrize("program, words, parts", [
+    (sample, ["--colour", "red"], ["unrecognized", "--colour"]),
+    (sample, ["--frames", "many"], ["--frames", "many"]),
+    (sample, ["--poses", "a.json", "--move", "hold"], ["--move", "--poses"]),
+    (sample, ["--image", ""], ["--image", "empty"]),
+    (train, ["--out", "run"], ["--video"]),
+])
+def test_other_words_are_one_line(capsys, program, words, parts):
+    line = said(capsys, program, words)
+    assert all(part in line for part in parts) and "--set" not in line
+
+
+@pytest.mark.parametrize("text", ["64", "64x", "x64", "64x64x64", "65x64", "8x64", "64x8194", "-64x64", "64 x 64"])
+def test_bad_sizes(text):
+    with pytest.raises(ValueError, match="HEIGHTxWIDTH"):
+        parse_size(text)
+
+
+def test_exit_status(capsys):
+    def ends(error: BaseException | None) -> tuple[int, str]:
+        def program(args):
+            if error is not None:
+                raise error
+        status = run_program("x.py", program, argparse.Namespace())
+        return status, capsys.readouterr().err
+
+    assert ends(None) == (0, "")
+    assert ends(ValueError("a.png: no picture")) == (2, "x.py: error: a.png: no picture\n")
+    status, line = ends(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.mp4"))
+    assert status == 2 and "out.mp4: no room is left on the disk" in line
+    status, line = ends(KeyboardInterrupt())
+    assert status == 130 and "stopped, nothing written" in line
+    with pytest.raises(ZeroDivisionError):  # a fault of the program is not dressed up
+        ends(ZeroDivisionError())
+
+
+def test_unknown_errors_of_the_system_keep_their_words():
+    assert explain(OSError(errno.EXDEV, "Cross-device link", "a")) == "a: Cross-device link"
+    assert explain(OSError("no number")) == "no number"
+
+
+def test_ctrl_c_waits_for_the_step_and_a_second_one_does_not(capsys):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt() as asked:
+        assert not asked.is_set()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked.is_set() and "stopping after this step" in capsys.readouterr().out
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

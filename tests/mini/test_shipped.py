@@ -1,0 +1,62 @@
+"""The weights that come with the code: every tensor of every file is whole, fits its network and is finite."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from files.checkpoint import load, weight_files
+from geometry.pi3x import load_pi3x
+from helios.load import load_models
+from helios.lora import load_lora
+from helios.text import Tokenizer, UMT5Encoder
+from helios.vae import VAE
+from mini.latents import load_codec
+from model import Helios
+
+SHIPPED = Path(__file__).parents[2] / "weights" / "mini"
+FILES = sorted(path.relative_to(SHIPPED) for path in SHIPPED.rglob("*.safetensors"))
+NETWORKS = {"transformer": Helios, "vae": VAE, "text_encoder": UMT5Encoder}
+
+
+def test_which_files_there_are():
+    """Those of the networks, of the geometry and its LoRA, and the codec of its training; each is read below."""
+    networks = {file.relative_to(SHIPPED) for part in NETWORKS for file in weight_files(SHIPPED / part)}
+    assert set(FILES) == networks | {Path("Pi3X/model.safetensors"), Path("lora.safetensors"), Path("codec.safetensors")}
+
+
+@pytest.mark.parametrize("name", FILES, ids=str)
+def test_every_number_is_finite(name):
+    tensors = load_file(SHIPPED / name)
+    assert tensors and all(tensor.numel() for tensor in tensors.values())
+    assert not [key for key, tensor in tensors.items() if not tensor.float().isfinite().all()]
+    assert any(tensor.any() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("part", NETWORKS)
+def test_networks_have_every_tensor(part):
+    """Strict loading names what is missing, unexpected or mis-shaped; what is loaded is what the file holds."""
+    network = load(NETWORKS[part], SHIPPED / part)
+    state = {key: value for file in weight_files(SHIPPED / part) for key, value in load_file(file).items()}
+    loaded = network.state_dict()
+    assert loaded.keys() == {network.aliases.get(key, key) for key in state}
+    assert all(torch.equal(loaded[network.aliases.get(key, key)], value.float()) for key, value in state.items())
+
+
+def test_geometry_lora_and_codec():
+    models = load_models(Helios, SHIPPED, "cpu")
+    lora = load_lora(SHIPPED / "lora.safetensors")
+    models.transformer.set_lora(lora)  # raises for each misfit
+    assert len(lora.adapters) == 4 * models.transformer.config.num_layers
+    assert all(up.any() and down.any() for down, up, _ in lora.adapters.values())
+    geometry = load_pi3x(SHIPPED / "Pi3X" / "model.safetensors").eval()
+    with torch.inference_mode():
+        prediction = geometry(torch.rand(1, 1, 3, 42, 56, generator=torch.Generator().manual_seed(0)))
+    assert prediction.points.isfinite().all() and (prediction.local_points[..., 2] > 0).all()
+    codec = load_codec(SHIPPED / "codec.safetensors")
+    assert codec is not None
+    tokens = Tokenizer(SHIPPED / "tokenizer")("a red ball in a room")
+    encoder = json.loads((SHIPPED / "text_encoder" / "config.json").read_text())
+    assert len(tokens) > 2 and max(tokens) < encoder["vocab_size"]
