@@ -33,6 +33,7 @@ from render import render
 from wah import Rollout
 
 FPS = 16
+UPLOAD = 50 * 2**20  # bytes of a picture at most
 
 
 class Studio:
@@ -45,10 +46,12 @@ class Studio:
         self.lora = sample.choose_lora(args, self.settings)
         self.models = load_models(Helios, args.weights, self.settings.device, args.memory)
         self.worker = ThreadPoolExecutor(max_workers=1)
+        self.folder = tempfile.TemporaryDirectory()  # of pictures that were sent
         self.changed: list[Callable[[], None]] = []
         self.stopping = threading.Event()
         self.prompt, self.seed = args.prompt, args.seed
         self.message, self.progress = "", 0.0
+        self.worlds = 0
         self.prompts: tuple[str, Prompts] | None = None
         self.open(args.image, args.depth)
 
@@ -62,9 +65,33 @@ class Studio:
             return sample.start_path(words, self.settings, self.size, still, file, pi3x)
 
         self.first, self.start = start(), start
+        self.worlds += 1  # so that pages notice
         self.keys: list[Tensor] = [torch.eye(4)]  # relative to the picture's camera, in its own unit
         self.seconds: list[float] = []
         self.forget()
+
+    def receive(self, name: str, content: bytes) -> None:
+        """A picture that was sent, opened by the same checks as a file; it is kept until another one comes."""
+        if len(content) > UPLOAD:
+            raise ValueError(f"{name}: {len(content)} bytes, expected at most {UPLOAD}")
+        path = Path(self.folder.name) / f"{len(list(Path(self.folder.name).iterdir()))}{Path(name).suffix}"
+        path.write_bytes(content)
+        try:
+            self.open(path)
+        except ValueError as error:
+            path.unlink()
+            raise ValueError(str(error).replace(str(path), name)) from None
+        self.tell(f"{name} is the picture now")
+
+    def prefer(self, preset: str) -> None:
+        """Another preset of settings; a new film, as the LoRA and the geometry may be others."""
+        kept = [word for word in self.args.set if not word.startswith("preset=")]
+        args = argparse.Namespace(**{**vars(self.args), "set": [*kept, f"preset={preset}"]})
+        settings = sample.load_settings(args)
+        lora = sample.choose_lora(args, settings)
+        self.args, self.settings, self.lora = args, settings, lora
+        self.forget()
+        self.tell(f"preset {preset}")
 
     def forget(self) -> None:
         """A new film of the same picture."""

@@ -10,12 +10,10 @@ on.
 import argparse
 import secrets
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,7 +26,6 @@ from geometry.flight import AMOUNTS, pushed
 from geometry.surface import transform
 from studio import FPS, Studio
 
-UPLOAD = 50 * 2**20  # bytes of a picture at most
 NAMES = {"up": "rise", "down": "sink"}  # of buttons
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
@@ -79,6 +76,8 @@ class Page:
             self.prompt = gui.add_text("prompt", studio.prompt)
             self.prompt.on_update(lambda event: setattr(studio, "prompt", self.prompt.value))
             self.seed = gui.add_number("seed", studio.seed, min=0, step=1)
+            preset = gui.add_dropdown("preset", list(sample.PRESETS), initial_value=studio.settings.preset)
+            preset.on_update(lambda event: studio.submit(lambda: studio.prefer(preset.value)))
             self.seed.on_update(lambda event: setattr(studio, "seed", int(self.seed.value)))
         with gui.add_folder("Save"):
             self.buttons({f"save {kind}": partial(self.save, kind) for kind in ("mp4", "json", "ply")})
@@ -104,7 +103,7 @@ class Page:
                               precision="float32")
         camera.position, camera.look_at = (0.0, 0.0, 0.0), (0.0, 0.0, 10.0)
         camera.fov = self.fov
-        self.world = self.studio.first
+        self.world = self.studio.worlds
 
     def refresh(self) -> None:
         studio = self.studio
@@ -114,7 +113,7 @@ class Page:
         if tuple(options) != tuple(self.keys.options):
             self.keys.options = options
             self.keys.value = options[-1]
-        if self.world.image is not studio.first.image and not torch.equal(self.world.image, studio.first.image):
+        if self.world != studio.worlds:
             self.look()
         if len(studio.keys) > 1:
             places = torch.stack(studio.keys)[:, :3, 3].numpy()
@@ -191,22 +190,8 @@ class Page:
         self.studio.submit(lambda: self.studio.drive(lambda: pushed(self.studio.here, verb, amount), chunks=1))
 
     def upload(self, file) -> None:
-        """The picture is opened by the same checks as a file; the worker does it, when it is free."""
-        if len(file.content) > UPLOAD:
-            return self.studio.tell(f"{file.name}: {len(file.content)} bytes, expected at most {UPLOAD}")
         self.studio.stopping.set()
-
-        def work() -> None:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / f"picture{Path(file.name).suffix}"
-                path.write_bytes(file.content)
-                try:
-                    self.studio.open(path)
-                except ValueError as error:
-                    raise ValueError(str(error).replace(str(path), file.name)) from None
-            self.studio.tell(f"{file.name} is the picture now")
-
-        return self.studio.submit(work)
+        self.studio.submit(lambda: self.studio.receive(file.name, file.content))
 
     def save(self, kind: str) -> None:
         self.client.send_file_download(f"film.{kind}", self.studio.saved(kind), save_immediately=True)

@@ -91,6 +91,26 @@ def test_another_picture_forgets_the_world(studio):
     assert abs(studio.picture.astype(int) - [0, 128, 128]).max() < 3
 
 
+def test_a_picture_that_was_sent_can_be_filmed(studio):
+    Path("teal.webp").touch()
+    Image.new("RGB", (128, 64), "teal").save("teal.webp")
+    studio.submit(lambda: studio.receive("mine.webp", Path("teal.webp").read_bytes()))
+    studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
+    wait(studio)
+    assert len(studio.frames) == 33 and abs(studio.picture.astype(int) - [0, 128, 128]).max() < 3
+    for content, said in ((b"no picture", "bad.png: not a"), (bytes(51 * 2**20), "bytes, expected at most")):
+        studio.submit(lambda content=content: studio.receive("bad.png", content))
+        wait(studio)
+        assert said in studio.message and len(studio.frames) == 33
+
+
+def test_another_preset(studio):
+    studio.submit(lambda: studio.prefer("realtime"))
+    studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
+    wait(studio)
+    assert studio.settings.warp_band == "mid" and studio.settings.samples == 2 and len(studio.frames) == 33
+
+
 def test_errors_are_said_and_the_studio_lives_on(studio):
     Path("bad.png").write_text("no picture")
     before = studio.picture.copy()
