@@ -243,9 +243,10 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
     """Settings that would do nothing in this run are refused."""
     set_here = {word.partition("=")[0] for word in args.set}
     needs = ({name: (path, "a camera path: --poses or --move") for name in
-              ("geometry", "keyframes", "fov", "resample")}
+              ("geometry", "keyframes", "fov", "resample", "samples", "geometry_pixels")}
              | {name: (path or args.warp is not None, "a camera: --poses, --move or --warp") for name in
-                ("align", "drop", "threshold", "warp_noise", "warp_sigma", "previous", "mask_lag")})
+                ("align", "drop", "threshold", "warp_noise", "warp_sigma", "warp_band", "warp_fill", "previous",
+                 "mask_lag")})
     for name in sorted(set_here & needs.keys()):
         met, need = needs[name]
         if not met:

@@ -516,6 +516,20 @@ def test_bad_words(capsys, place, words, parts):
     refused(capsys, place, words, *parts)
 
 
+PATH_ALONE = {"geometry": WEIGHTS, "keyframes": 2, "fov": 50, "resample": "true", "samples": 2, "geometry_pixels": 2000}
+LED_ALONE = {"align": "false", "drop": "false", "threshold": 0.5, "warp_noise": "false", "warp_sigma": "0.1,0.2",
+             "warp_band": "mid", "warp_fill": "smooth", "previous": "0,0,0", "mask_lag": "false"}
+
+
+@pytest.mark.parametrize("name, value", [*PATH_ALONE.items(), *LED_ALONE.items()])
+def test_settings_that_would_do_nothing_are_refused(capsys, place, name, value):
+    """Without a camera; and those of a path beside a finished warp."""
+    words = ["--set", f"{name}={value}"]
+    refused(capsys, place, ["--image", "image.png", *words], f"--set {name}: needs a camera")
+    if name in PATH_ALONE:
+        refused(capsys, place, ["--image", "image.png", "--warp", "warp.npy", *words], f"--set {name}: needs a camera path")
+
+
 def test_bad_poses(capsys, place):
     words = ["--image", "image.png", "--poses", "bad.json"]
     poses_with(lambda c2w: c2w[7].__setitem__((0, 3), np.nan))

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from files.checkpoint import (
     Network,
     build,
     few,
     load,
+    on_meta,
     parse_json,
     read_config,
     read_json,
@@ -23,6 +25,10 @@ from files.checkpoint import (
     weight_files,
 )  # fmt: skip
 from files.cli import note
+from geometry.pi3x import Pi3X
+from helios.text import UMT5Encoder
+from helios.vae import VAE
+from model import Helios
 
 
 @dataclass(frozen=True)
@@ -202,3 +208,27 @@ def test_the_same_tensor_in_two_files(folder):
     shards = {name: ("one" if "0" in name else "two") + ".safetensors" for name in state}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     line(lambda: load(Small, folder), "layers.0.bias is in more than one file")
+
+
+class Drawn(TorchDispatchMode):
+    """How often random numbers are drawn, which is what takes an initialiser's time."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = function.overloadpacket.__name__
+        self.count += any(part in name for part in ("uniform", "normal"))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("network", [Helios, VAE, UMT5Encoder, Pi3X], ids=lambda network: network.__name__)
+def test_networks_are_built_without_initialisers(network):
+    """On the meta device they would only take time; elsewhere they run as ever, also afterwards."""
+    with Drawn() as built:
+        module = on_meta(lambda: network(network.Config()))
+    assert built.count == 0 and all(parameter.is_meta for parameter in module.parameters())
+    with Drawn() as layer:
+        assert nn.Linear(3, 4).weight.any()
+    assert layer.count == 2
