@@ -371,7 +371,8 @@ class Pi3X(Network):
 
     Config = Pi3XConfig
     fp32 = ("norm", "gamma", "token", "pos_embed", "image_", "_head.")  # stay fp32 in a bf16 model
-    rotation = staticmethod(nearest_rotation)  # of the camera head's nine numbers; training sets another
+    # of the camera head's nine numbers; training sets another
+    rotation: Callable[[Tensor], Tensor] = staticmethod(nearest_rotation)
     ignored = ("depth_encoder.", "depth_emb", "ray_embed.", "pose_inject_blk.")  # the multimodal branch
     image_mean: Tensor
     image_std: Tensor

@@ -70,7 +70,7 @@ def fused(total: Tensor, x: Tensor, factor: float | Tensor) -> Tensor:
     return total.addcmul(x, factor) if isinstance(factor, Tensor) else total.add(x, alpha=factor)
 
 
-def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(images: Tensor, size: tuple[int, ...]) -> Tensor:
     """[B,C,h,w] -> [B,C,H,W], bilinear without antialiasing: what torch's `interpolate` gives on a CPU with fused
     multiply-add, on every CPU."""
     old = images.shape[-2:]

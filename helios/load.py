@@ -6,7 +6,7 @@ argument, since model.py stands above this room.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -129,8 +129,8 @@ def prompt_at(prompts: list[Prompts], chunk: int, blend: int = 1) -> Prompts:
     seen = [prompts[min(max(chunk - lag, 0), len(prompts) - 1)] for lag in (range(1, blend) if blend > 1 else (0,))]
     if all(each is seen[0] for each in seen):
         return seen[0]
-    columns = zip(*(vars(each).values() for each in seen))
-    return Prompts(*(None if column[0] is None else torch.stack(column).mean(0) for column in columns))
+    given = [name for name, value in vars(seen[0]).items() if value is not None]
+    return replace(seen[0], **{name: torch.stack([getattr(each, name) for each in seen]).mean(0) for name in given})
 
 
 # ------------------------------------------------------------------------------------------------ what lies beside them

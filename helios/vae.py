@@ -134,8 +134,8 @@ class Attention(nn.Module):
 class MidBlock(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
-        self.resnets = nn.ModuleList([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
-        self.attentions = nn.ModuleList([Attention(dim)])
+        self.resnets = Layers[ResidualBlock]([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
+        self.attentions = Layers[Attention]([Attention(dim)])
 
     def forward(self, x: Tensor, cache: Cache) -> Tensor:
         x = self.attentions[0](self.resnets[0](x, cache))
@@ -209,7 +209,7 @@ class Encoder(nn.Module):
         super().__init__()
         dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
         self.conv_in = TimeConv(3, dims[0], 3, 3)
-        self.down_blocks = nn.ModuleList()  # flat, as in the checkpoint
+        self.down_blocks = Layers["ResidualBlock | Downsample"]()  # flat, as in the checkpoint
         for level, (dim_in, dim) in enumerate(pairwise(dims)):
             for block in range(config.num_res_blocks):
                 self.down_blocks.append(ResidualBlock(dim_in if block == 0 else dim, dim))
@@ -231,8 +231,8 @@ class DecoderLevel(nn.Module):
 
     def __init__(self, dim_in: int, dim: int, blocks: int, upsampler: Upsample | None):
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(dim_in if block == 0 else dim, dim) for block in range(blocks))
-        self.upsamplers = nn.ModuleList([upsampler] if upsampler else [])
+        self.resnets = Layers[ResidualBlock](ResidualBlock(dim if block else dim_in, dim) for block in range(blocks))
+        self.upsamplers = Layers[Upsample]([upsampler] if upsampler else [])
 
     def __iter__(self) -> Iterator[nn.Module]:
         return chain(self.resnets, self.upsamplers)
