@@ -60,6 +60,9 @@ class HeliosConfig:
                 raise ValueError(f"{key} is {getattr(self, key)!r}, supported is only {value!r}")
         if self.history_scale_mode not in ("per_head", "scalar"):
             raise ValueError(f"history_scale_mode is {self.history_scale_mode!r}, expected per_head or scalar")
+        if self.freq_dim < 2 or self.rope_theta <= 0 or self.eps <= 0:
+            raise ValueError(f"freq_dim is {self.freq_dim}, rope_theta {self.rope_theta}, eps {self.eps}, expected"
+                             " at least 2 and positive numbers")
         head, rope = self.attention_head_dim, self.rope_dim
         if len(rope) != 3 or sum(rope) != head or any(width % 2 for width in rope):
             raise ValueError(f"rope_dim is {rope}, expected three even numbers that sum to {head}")

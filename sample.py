@@ -45,6 +45,7 @@ from helios.flow import load_schedule
 from helios.index import check_weights, read_index
 from helios.load import (
     MEMORY,
+    check_parts,
     default_weights,
     encode_each,
     files_read,
@@ -273,7 +274,9 @@ def choose_lora(args: argparse.Namespace, settings: Settings, led: bool = True) 
     if lora is not None and lora.warp_band != settings.warp_band:
         raise ValueError(f"--lora {file}: trained with the warp in the {lora.warp_band} band, this run has it in the"
                          f" {settings.warp_band} band (--set warp_band={lora.warp_band})")
-    build(Helios, args.weights / "transformer").set_lora(lora)  # of another model: refused before weights are read
+    network = build(Helios, args.weights / "transformer")  # what does not fit is refused before weights are read
+    network.set_lora(lora)
+    check_parts(args.weights, network.config.in_channels, network.config.text_dim)
     return lora
 
 

@@ -57,10 +57,11 @@ def open_safetensors(path: Path):
 
 def once(pairs: list[tuple[str, object]]) -> dict:
     """An object of a JSON file, whose keys must differ: readers disagree which of two counts."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    content = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"key {name[:100]!r} is there twice")
+        content[name] = value
     return content
 
 

@@ -63,11 +63,12 @@ def load_schedule(folder: Path) -> Schedule:
     index_path, path = folder / "model_index.json", folder / "scheduler" / "scheduler_config.json"
     entry, config = read_json(index_path).get("scheduler"), read_json(path)
     if not isinstance(entry, list) or entry[1:] not in (["HeliosScheduler"], ["HeliosDMDScheduler"]):
-        raise ValueError(f"{index_path}: scheduler is {entry!r}, expected [..., HeliosScheduler or HeliosDMDScheduler]")
+        raise ValueError(f"{index_path}: scheduler is {repr(entry)[:100]}, expected [..., HeliosScheduler or"
+                         " HeliosDMDScheduler]")
     for key, expected in {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "predict_x0": True,
                           "thresholding": False, "solver_p": None}.items():
         if config.get(key, expected) != expected:
-            raise ValueError(f"{path}: {key} is {config[key]!r}, expected {expected!r}")
+            raise ValueError(f"{path}: {key} is {repr(config[key])[:100]}, expected {expected!r}")
     is_dmd = "HeliosDMDScheduler" in (entry[1], config.get("_class_name"))  # this class has no scheduler_type
     return read_config(Schedule, path, {
         "sampler": "dmd" if is_dmd else config.get("scheduler_type", "unipc"),

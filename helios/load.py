@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from files.checkpoint import Network, load, weight_files
+from files.checkpoint import Network, build, load, weight_files
 from files.machine import network_dtype
 from helios.flow import Schedule, load_schedule
 from helios.index import read_index
@@ -73,6 +73,17 @@ def load_models(transformer: type[N], weights: Path, device: torch.device | str,
 def size_multiple(schedule: Schedule) -> int:
     """Height and width must be multiples of this: the first stage's latents have to fill whole patches of 2."""
     return 8 * 2 * 2 ** (schedule.stages - 1)
+
+
+def check_parts(weights: Path, in_channels: int, text_dim: int) -> None:
+    """Raises ValueError unless the transformer, whose sizes are given, goes with the other networks by their configs,
+    which are all checked before anything large is read."""
+    for name, mine, part, network, key in (("in_channels", in_channels, "vae", VAE, "z_dim"),
+                                           ("text_dim", text_dim, "text_encoder", UMT5Encoder, "d_model")):
+        there = getattr(build(network, weights / part).config, key)
+        if mine != there:
+            raise ValueError(f"{weights / 'transformer' / 'config.json'}: {name} is {mine}, expected {there} as {key}"
+                             f" in {part}/config.json")
 
 
 def files_read(weights: Path) -> list[Path]:

@@ -78,6 +78,10 @@ class UMT5Config:
         for key, value in (("feed_forward_proj", "gated-gelu"), ("dense_act_fn", "gelu_new")):
             if getattr(self, key) != value:
                 raise ValueError(f"{key} is {getattr(self, key)!r}, supported is only {value!r}")
+        buckets = self.relative_attention_num_buckets
+        if not 4 <= buckets <= 2 * self.relative_attention_max_distance:
+            raise ValueError(f"relative_attention_num_buckets is {buckets}, expected at least 4, and at most twice"
+                             " relative_attention_max_distance")
 
 
 def distance_buckets(length: int, buckets: int, max_distance: int, device: torch.device) -> Tensor:

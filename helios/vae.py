@@ -53,6 +53,8 @@ class VAEConfig:
         for key in ("latents_mean", "latents_std"):
             if len(getattr(self, key)) != self.z_dim:
                 raise ValueError(f"{key} has {len(getattr(self, key))} numbers, expected z_dim = {self.z_dim}")
+        if min(self.latents_std) <= 0:
+            raise ValueError(f"latents_std is {self.latents_std}, expected positive numbers")
         for key in ("attn_scales", "is_residual", "patch_size", "decoder_base_dim"):
             if getattr(self, key):
                 raise ValueError(f"{key} is {getattr(self, key)}, expected none (Wan 2.1, not 2.2)")

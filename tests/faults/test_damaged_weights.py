@@ -1,5 +1,6 @@
 """One number of the weights that is none: no video, one line that says where, and what was there before stays."""
 
+import json
 import math
 import shutil
 
@@ -107,3 +108,20 @@ def test_a_lora_of_another_model_is_refused_before_weights_are_read(tmp_path, mo
     words = "--image image.png --size 64x128 --move hold --lora x.safetensors --set device=cpu --weights".split()
     assert main([*words, str(DISTILLED)]) == 2
     assert "x.safetensors: not a LoRA of this model: no layer blocks.99.attn1.to_q" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part, change, words", [
+    ("text_encoder", {"d_model": 64}, "transformer/config.json: text_dim is 32, expected 64 as d_model in text_encoder"),
+    ("text_encoder", {"relative_attention_num_buckets": 3}, "text_encoder/config.json: relative_attention_num_buckets"),
+    ("vae", {"z_dim": 4, "latents_mean": [0] * 4, "latents_std": [1] * 4}, "in_channels is 16, expected 4 as z_dim in"),
+    ("vae", {"latents_std": [0] * 16}, "vae/config.json: latents_std is"),
+    ("transformer", {"freq_dim": 1}, "transformer/config.json: freq_dim is 1"),
+    ("transformer", {"num_layers": 10**9}, "transformer/config.json: num_layers is 1000000000, expected at most 1000"),
+])
+def test_configs_are_checked_before_weights_are_read(tmp_path, monkeypatch, capsys, part, change, words):
+    monkeypatch.setattr(sample, "generate", lambda *args: pytest.fail("weights would be read"))
+    weights = shutil.copytree(DISTILLED, tmp_path / "w")
+    config = weights / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    assert main(["--weights", str(weights), "--set", "device=cpu", "--out", str(tmp_path / "o.mp4")]) == 2
+    assert words in capsys.readouterr().err

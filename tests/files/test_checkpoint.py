@@ -173,7 +173,7 @@ def test_long_lists_are_cut(folder):
 
 
 @pytest.mark.parametrize("name", ["../m/model.safetensors", "/etc/passwd", ["x"], 5, "model.bin", "", "a\0.safetensors",
-                                  "sub/model.safetensors", "..", "x" * 5000])
+                                  "sub/model.safetensors", "..", "x" * 5000, "C:x.safetensors", "..\\x.safetensors"])
 def test_shards_are_plain_names(folder, name):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     line(lambda: weight_files(folder), "index.json", "plain name")
