@@ -27,10 +27,11 @@ from torch import Tensor
 from files import media
 from files.arrays import read_arrays
 from files.checkpoint import open_safetensors
+from files.depth import known_depth, load_depth
 from files.machine import network_dtype
 from files.media import quantize, to_u8
 from files.writing import replacing
-from geometry.camera import WINDOW, CameraPath, choose_fov, describe, normalize
+from geometry.camera import WINDOW, CameraPath, describe, normalize, resolve_lens
 from geometry.paths import load_path
 from geometry.pi3x import Pi3X, load_pi3x
 from geometry.surface import Geometry, ensure_valid, estimate, place, transform
@@ -225,17 +226,35 @@ def estimate_clip(weights: Path, network: Callable[[], Pi3X], frames: Tensor, pi
     return path
 
 
-def read_depths(path: Path) -> list[Tensor]:
-    """A depth map [h, w] of each frame, from .npy or .npz [T, h, w] or a folder of 16-bit pictures."""
+def read_depths(path: Path) -> tuple[list[Tensor], tuple[str, ...] | None]:
+    """A depth map [h, w] of each frame, from .npy or .npz [T, h, w] or a folder of 16-bit pictures, whose names come
+    with them."""
     if path.is_dir():
-        return [media.load_depth(file) for file in media.list_pictures(path)]
+        files = media.list_pictures(path)
+        return [load_depth(file) for file in files], tuple(file.name for file in files)
     arrays = read_arrays(path)
     if len(arrays) != 1 and "depth" not in arrays:
         raise ValueError(f"{path}: arrays {', '.join(sorted(arrays))}, expected one, or one named 'depth'")
     depth = arrays["depth"] if "depth" in arrays else next(iter(arrays.values()))
     if depth.ndim != 3 or depth.dtype.kind not in "fiu":
         raise ValueError(f"{path}: array of {depth.shape}, type {depth.dtype}, expected numbers [T, height, width]")
-    return list(torch.from_numpy(depth.astype(np.float32)))
+    maps = torch.from_numpy(depth.astype(np.float32))
+    return [known_depth(each, f"{path}, map {index}", least=0) for index, each in enumerate(maps)], None
+
+
+def pair(names: tuple[str, ...] | None, frames: list[str], count: int, where: Path) -> list[int]:
+    """Which of `count` poses or maps belongs to each frame: by their names, without folders and suffix, where both have
+    names that fit, else in order. Raises ValueError naming the first frame that has none."""
+    stems = [Path(name).stem for name in names or ()]
+    wanted = [Path(name).stem for name in frames]
+    if len(set(stems)) == len(stems) and set(stems) & set(wanted):
+        missing = [name for name, stem in zip(frames, wanted) if stem not in stems]
+        if missing:
+            raise ValueError(f"{where}: nothing of that name for {len(missing)} frames, the first is {missing[0]}")
+        return [stems.index(stem) for stem in wanted]
+    if count != len(frames):
+        raise ValueError(f"{where} has {count}, expected {len(frames)}, one for each frame")
+    return list(range(count))
 
 
 def files_beside(video: Path) -> tuple[Path, Path] | None:
@@ -246,14 +265,17 @@ def files_beside(video: Path) -> tuple[Path, Path] | None:
 
 def known_geometry(video: Path, poses: Path, depth: Path, frames: Tensor, where: Where) -> Path:
     """The geometry of a clip whose camera and depths are known, in one unit, as a file."""
-    camera, depths = load_path(poses), read_depths(depth)
+    camera, (depths, names) = load_path(poses, fill=False), read_depths(depth)
     height, width = frames.shape[2:]
-    if not len(depths) == len(camera.c2w) == len(frames):
-        raise ValueError(f"{poses} has {len(camera.c2w)} poses and {depth} {len(depths)} maps, expected {len(frames)}"
-                         f" of each, as {video} has frames")
-    fov_x, geometries = choose_fov(None, camera), []
-    for pose, picture, each in zip(camera.c2w, media.read_frames(video), depths):
-        _, geometry = place(Image.fromarray(picture), each, fov_x, (height, width))
+    if camera.zoom is not None and (camera.zoom - 1).abs().max() > 0.01:
+        raise ValueError(f"{poses}: the focal length changes on the way, expected one that stays")
+    listed = [file.name for file in media.list_pictures(video)] if video.is_dir() else [""] * len(frames)
+    camera_of, geometries = pair(camera.names, listed, len(camera.c2w), poses), []
+    depth_of = pair(names, listed, len(depths), depth)
+    for index, picture in enumerate(media.read_frames(video)):
+        pose, image = camera.c2w[camera_of[index]], Image.fromarray(picture)
+        lens, _ = resolve_lens(camera, image.width, image.height)
+        _, geometry = place(image, depths[depth_of[index]], lens, (height, width))
         points = torch.stack(transform(pose, *geometry.points.unbind(-1)), dim=-1)
         geometries.append(replace(geometry, points=points, c2w=pose))
     digests = [torch.cat([each.points.flatten(), each.c2w.flatten()]).numpy().tobytes() for each in geometries]

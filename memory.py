@@ -5,7 +5,8 @@ last one of every chunk so far together (or the latest `keyframes`). Their focal
 aligned with the first estimate and all are splatted into the new views, the latest densely; behind them lies a panorama
 of the keyframes' far pixels.
 Both classes are the state of one rollout, the rest are plain functions. Reproduced: the official pipeline's memory,
-also switched off (`keyframes=1`). Left out: target intrinsics, which the official code ignores with Pi3X keyframes.
+also switched off (`keyframes=1`). Beyond it: a known lens, and zoom (officially target intrinsics are ignored with
+keyframes).
 """
 
 import math
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from files.media import quantize
-from geometry.camera import WINDOW, hold, normalize, scale_translation
+from geometry.camera import hold, normalize, scale_translation
 from geometry.pi3x import Pi3X
 from geometry.surface import (
     MIN_CONFIDENCE,
@@ -27,27 +28,31 @@ from geometry.surface import (
     estimate,
     median_depth,
     resize,
+    stretch,
     transform,
     unproject,
+    with_lens,
+    zoomed,
 )
 from render import RenderSettings, Samples, Warp, collect, render, render_samples, surface_samples
 
 ATLAS = (384, 768)  # rows from straight up to straight down, columns all around
 
 
-def smooth_focals(geometries: list[Geometry]) -> list[Geometry]:
-    """Focal lengths kept near the first keyframe's and averaged over time, the principal point in the centre.
+def smooth_focals(geometries: list[Geometry], zooms: list[Tensor] | None = None) -> list[Geometry]:
+    """Focal lengths kept near the first keyframe's and averaged over time, the principal point in the centre; but for
+    the `zooms` [2] that the path gives them.
 
     Kept for parity: the points stay, so that the latest keyframe seen from its own camera is not quite itself.
     """
     first = [max(abs(geometries[0].K[axis, axis].item()), 1e-6) for axis in (0, 1)]
     smooth, result = None, []
-    for geometry in geometries:
+    for geometry, (x, y) in zip(geometries, torch.stack(zooms).tolist() if zooms else [[1, 1]] * len(geometries)):
         height, width = geometry.depth.shape
-        ratios = [abs(geometry.K[axis, axis].item()) / first[axis] for axis in (0, 1)]
+        ratios = [abs(geometry.K[axis, axis].item()) / first[axis] / zoom for axis, zoom in ((0, x), (1, y))]
         clamped = [min(max(ratio, 0.65), 1.35) * reference for ratio, reference in zip(ratios, first)]
         smooth = [0.5 * new + 0.5 * old for new, old in zip(clamped, smooth)] if smooth else clamped
-        K = torch.tensor([[smooth[0], 0, (width - 1) / 2], [0, smooth[1], (height - 1) / 2], [0, 0, 1]])
+        K = torch.tensor([[smooth[0] * x, 0, (width - 1) / 2], [0, smooth[1] * y, (height - 1) / 2], [0, 0, 1]])
         result.append(replace(geometry, K=K))
     return result
 
@@ -161,15 +166,16 @@ def keyframe_samples(geometries: list[Geometry], settings: RenderSettings) -> Sa
                    torch.cat([part.xy for part in parts]))
 
 
-def render_keyframes(geometries: list[Geometry], poses: Tensor,
-                     settings: RenderSettings = RenderSettings()) -> Iterator[tuple[Tensor, Tensor]]:
+def render_keyframes(geometries: list[Geometry], poses: Tensor, settings: RenderSettings = RenderSettings(),
+                     zoom: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor]]:
     """Frame by frame, as `render_frames`: rgb [H,W,3] uint8 and visible [H,W] bool.
 
-    `poses` [T,4,4] are relative to the latest keyframe, whose picture is frame 0 and whose K is used throughout. Kept
-    for parity: what only the atlas shows, a guess at infinity, counts as visible.
+    `poses` [T,4,4] are relative to the latest keyframe, whose picture is frame 0 and whose K is used throughout, but
+    for a `zoom` [T,2] of its focal lengths. Kept for parity: what only the atlas shows, a guess at infinity, counts as
+    visible.
     """
     latest, atlas = geometries[-1], fill_rows(atlas_colors(geometries))
-    intrinsics = latest.K.expand(len(poses), 3, 3)
+    intrinsics = zoomed(latest.K, len(poses), zoom)
     return render_samples(keyframe_samples(geometries, settings), latest, poses, settings, intrinsics,
                           lambda c2w, K: look_up(atlas, c2w, K, latest.size))
 
@@ -191,15 +197,19 @@ class Camera:
     def begun(self) -> bool:
         return self.first is not None
 
-    def warp(self, poses: Tensor) -> Warp:
-        """The chunk's views from `poses` [33, 4, 4], camera-to-world; if there are fewer, the last one holds."""
-        poses = scale_translation(hold(poses), self.unit)
+    def warp(self, poses: Tensor, zoom: Tensor | None = None) -> Warp:
+        """The chunk's views from `poses` [33, 4, 4], camera-to-world, with focal lengths that are `zoom` [33, 2] times
+        the picture's own; if there are fewer, the last one holds."""
+        poses, zoom = scale_translation(hold(poses), self.unit), None if zoom is None else hold(zoom)
+        later = self.first is not None
         if self.first is None:
             self.first = poses[:1]
-            return render(self.geometry, normalize(poses, WINDOW), self.size, self.settings)
-        # The renderer's first frame is always the picture itself: it is put in front and taken off again.
-        warp = render(self.geometry, normalize(torch.cat([self.first, poses]), WINDOW + 1), self.size, self.settings)
-        return Warp(warp.frames[:, :, 1:], warp.visible[:, :, 1:])
+        else:  # the renderer's first frame is always the picture itself: it is put in front and taken off again
+            poses = torch.cat([self.first, poses])
+            zoom = None if zoom is None else torch.cat([torch.ones(1, 2), zoom])
+        intrinsics = None if zoom is None else zoomed(self.geometry.K, len(poses), zoom)
+        warp = render(self.geometry, normalize(poses, len(poses)), self.size, self.settings, intrinsics)
+        return Warp(warp.frames[:, :, later:], warp.visible[:, :, later:])
 
     def remember(self, frame: Tensor) -> None:
         """The last frame of a chunk teaches nothing."""
@@ -217,7 +227,7 @@ class Memory:
 
     def __init__(self, load: Callable[[], Pi3X], image: Tensor, size: tuple[int, int],
                  settings: RenderSettings = RenderSettings(), keyframes: int | None = None, unit: float | None = None,
-                 limit: int | None = None):
+                 limit: int | None = None, K: Tensor | None = None):
         """Estimates the geometry of `image` [1,3,H,W] in [-1,1]. Warps have the video `size` (H, W).
 
         load: gives the network, whenever it is needed, and may read it anew: nothing here holds on to it.
@@ -225,48 +235,65 @@ class Memory:
             which grows with every chunk; 1 is its "off", the latest picture alone, whose scale nothing aligns.
         unit: metres in a unit of the poses; officially a tenth of the image's median depth.
         limit: most pixels of a picture that the network sees, as in `estimate`.
+        K: of the camera [3,3] at the video size, if it is known; else the network estimates it.
         """
         if keyframes is not None and keyframes < 1:
             raise ValueError(f"keyframes {keyframes}: expected at least 1, or None for all")
         self.load, self.size, self.settings = load, size, settings
-        self.keyframes, self.limit = keyframes, limit
-        self.images = [image]
-        self.reference = ensure_valid(estimate(load(), self.images, limit)[0])
+        self.keyframes, self.limit, self.K = keyframes, limit, K
+        self.images, self.zooms = [image], [torch.ones(2)]  # zooms: focal lengths over the first picture's
+        self.reference = ensure_valid(self.look()[0])
         self.unit = 0.1 * median_depth(self.reference) if unit is None else unit
         self.chunk = 0
         self.pose: Tensor | None = None  # of the latest picture
         self.end: Tensor | None = None  # of the last frame of the latest warp
+        self.end_zoom = torch.ones(2)
 
     @property
     def begun(self) -> bool:
         return self.end is not None
 
-    def warp(self, poses: Tensor) -> Warp:
-        """The chunk's views from `poses` [33,4,4], camera-to-world; if there are fewer, the last one holds.
+    def look(self) -> list[Geometry]:
+        """All keyframes, estimated together, with the known camera if there is one."""
+        geometries = estimate(self.load(), self.images, self.limit)
+        if self.K is None:
+            return geometries
+        Ks = [stretch(zoomed(self.K, 1, zoom[None])[0], self.size, tuple(geometry.depth.shape))
+              for geometry, zoom in zip(geometries, self.zooms)]
+        return [with_lens(geometry, K) for geometry, K in zip(geometries, Ks)]
+
+    def warp(self, poses: Tensor, zoom: Tensor | None = None) -> Warp:
+        """The chunk's views from `poses` [33,4,4], camera-to-world, with focal lengths that are `zoom` [33,2] times the
+        first picture's; if there are fewer, the last one holds.
 
         33 frames at first; later 34, which begin with the latest picture, at the pose where the last warp ended.
         Raises ValueError if the latest picture has no surface.
         """
-        poses = hold(poses)
-        self.end = poses[-1]
+        poses, zoom = hold(poses), None if zoom is None else hold(zoom)
+        self.end, latest = poses[-1], self.zooms[-1]
+        self.end_zoom = latest if zoom is None else zoom[-1]
         if self.pose is not None:
             poses = torch.cat([self.pose[None], poses])
+            zoom = None if zoom is None else torch.cat([latest[None], zoom])
         poses = normalize(scale_translation(poses, self.unit), len(poses))
-        if self.chunk == 0:
-            return render(self.reference, poses, self.size, self.settings)
-        geometries = estimate(self.load(), self.images, self.limit)
-        if self.keyframes == 1:
-            return render(ensure_valid(geometries[0]), poses, self.size, self.settings)
-        geometries = align_scale(smooth_focals(geometries), self.reference)
-        geometries = [ensure_valid(geometry) for geometry in geometries]
-        return collect(render_keyframes(geometries, poses, self.settings), self.size)
+        zoom = None if zoom is None else zoom / latest
+        geometries = [self.reference] if self.chunk == 0 else self.look()
+        if self.chunk == 0 or self.keyframes == 1:
+            alone = ensure_valid(geometries[0])
+            intrinsics = None if zoom is None else zoomed(alone.K, len(poses), zoom)
+            return render(alone, poses, self.size, self.settings, intrinsics)
+        geometries = smooth_focals(geometries, self.zooms) if self.K is None else geometries
+        geometries = [ensure_valid(geometry) for geometry in align_scale(geometries, self.reference)]
+        return collect(render_keyframes(geometries, poses, self.settings, zoom), self.size)
 
     def remember(self, frame: Tensor) -> None:
         """A chunk is decoded: its last `frame` [1,3,H,W] in [-1,1] is the latest keyframe now, rounded to 8 bits. After
         a chunk without a warp the camera is still where the last warp ended."""
         self.images.append(quantize(frame.to(self.images[0].device)))
+        self.zooms.append(self.end_zoom)
         if self.keyframes is not None and len(self.images) > self.keyframes:
-            del self.images[min(1, self.keyframes - 1)]  # the oldest but the first, which goes if only one may stay
+            oldest = min(1, self.keyframes - 1)  # but the first, which goes if only one may stay
+            del self.images[oldest], self.zooms[oldest]
         self.pose = self.end
         self.chunk += 1
 
@@ -276,7 +303,7 @@ class Memory:
         images = {f"image.{index}": image for index, image in enumerate(self.images)}
         numbers = {"unit": torch.tensor(self.unit, dtype=torch.float64), "chunk": torch.tensor(self.chunk)}
         poses = {name: pose for name, pose in (("pose", self.pose), ("end", self.end)) if pose is not None}
-        return reference | images | numbers | poses
+        return reference | images | numbers | poses | {"zooms": torch.stack([*self.zooms, self.end_zoom])}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state`; the next warps are equal to those of the Memory that it was."""
@@ -287,3 +314,4 @@ class Memory:
         self.images = [state[f"image.{index}"].to(device) for index in range(count)]
         self.unit, self.chunk = state["unit"].item(), int(state["chunk"])
         self.pose, self.end = state.get("pose"), state.get("end")
+        *self.zooms, self.end_zoom = state.get("zooms", torch.ones(count + 1, 2)).unbind()

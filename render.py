@@ -21,23 +21,22 @@ from torch import Tensor
 
 from files.cli import existing, parse_size, run_program
 from files.draw import contact_sheet, evenly_spaced, plan, save_ply, save_png
-from files.media import fit_image, load_depth, load_image, resize_frame, to_u8
+from files.media import fit_image, load_image, resize_frame, to_u8
 from files.video import VideoWriter, try_encoder
 from files.writing import beside, replacing
 from geometry.camera import (
     VERBS,
     CameraPath,
-    choose_fov,
     describe,
+    hold,
     inverse,
-    move_path,
     normalize,
     product,
     retime,
     scale_translation,
 )
-from geometry.paths import load_path
 from geometry.pi3x import load_pi3x
+from geometry.scene import choose_unit, describe_visible, given_scene, known_lens, read_path
 from geometry.surface import (
     MIN_CONFIDENCE,
     Geometry,
@@ -47,12 +46,13 @@ from geometry.surface import (
     keep_confident,
     look_up,
     max_pool,
-    median_depth,
     mesh_break,
-    place,
     resize,
+    stretch,
     transform,
     unproject,
+    with_lens,
+    zoomed,
 )
 
 NEAR = 1e-4
@@ -345,28 +345,48 @@ def draw_path(geometry: Geometry, poses: Tensor) -> np.ndarray:
     return np.concatenate(views, axis=1)
 
 
+def read_fov(text: str | None) -> tuple[float, ...] | None:
+    """Degrees, or two with a comma."""
+    if text is None:
+        return None
+    try:
+        degrees = tuple(map(float, text.split(",")))
+    except ValueError:
+        degrees = ()
+    if not (1 <= len(degrees) <= 2 and all(1 <= each <= 179 for each in degrees)):
+        raise ValueError(f"--fov {text}: expected degrees from 1 to 179, or two with a comma")
+    return degrees
+
+
+def preview_geometry(args: argparse.Namespace, path: CameraPath,
+                     size: tuple[int, int]) -> tuple[Geometry, float, str]:
+    """The picture's geometry, the length of the path's unit, and where they come from."""
+    picture, fov = load_image(args.image), read_fov(args.fov)
+    if args.geometry is None:
+        return given_scene(picture, path, args.depth, size, fov, args.inverse_depth, args.unit)[1:]
+    (geometry,) = estimate(load_pi3x(args.geometry), [fit_image(picture, size)])
+    K, words = known_lens(picture, path, size, fov)
+    if K is not None:
+        geometry = with_lens(geometry, stretch(K, size, tuple(geometry.depth.shape)))
+    geometry = ensure_valid(geometry)
+    return geometry, choose_unit(args.unit or path.unit, geometry), f"Pi3X of {args.geometry}{words}"
+
+
 def preview(args: argparse.Namespace) -> None:
     """Render the path that the arguments describe; write the warp, its mask, a contact sheet and a top view."""
-    size, path = parse_size(args.size), load_path(args.poses) if args.move is None else CameraPath(move_path(args.move))
-    fov_x = choose_fov(args.fov, path)
+    size, path = parse_size(args.size), read_path(args.poses, args.move)
     path, count, fps = retime(path, args.frames, args.fps, args.resample)
     outputs = beside(args.out, mask="_mask.mp4", sheet="_sheet.png", path="_path.png", cloud="_cloud.ply")
     inputs = existing(args.image, args.poses, args.depth, args.geometry)
     try_encoder(fps, size)
-    picture = load_image(args.image)
-    if args.geometry is not None:
-        geometry = ensure_valid(estimate(load_pi3x(args.geometry), [fit_image(picture, size)])[0])
-        source = f"Pi3X of {args.geometry}"
-    else:
-        _, geometry = place(picture, None if args.depth is None else load_depth(args.depth), fov_x, size)
-        source = args.depth or "no --depth, so the picture stands on a plane at depth 1"
-        source = f"{source}, field of view {fov_x:g} degrees"
-    unit = 1.0 if path.unit == "meter" else 0.1 * median_depth(geometry)
+    geometry, unit, source = preview_geometry(args, path, size)
     poses = normalize(scale_translation(path.c2w, unit), count)
-    picks, tiles = set(evenly_spaced(count, 8)), []
+    intrinsics = None if path.zoom is None else zoomed(geometry.K, count, hold(path.zoom, count))
+    picks, tiles, shares = set(evenly_spaced(count, 8)), [], []
     with replacing(outputs, inputs) as partial:
         with VideoWriter(partial["video"], fps, size) as video, VideoWriter(partial["mask"], fps, size) as mask:
-            for index, (rgb, visible) in enumerate(render_frames(geometry, poses)):
+            for index, (rgb, visible) in enumerate(render_frames(geometry, poses, intrinsics=intrinsics)):
+                shares.append(visible.float().mean().item())
                 warp = to_video(rgb[None], visible[None], size)
                 pair = [rearrange(to_u8(x[0, :, 0]), "c h w -> h w c") for x in (warp.frames / 2 + 0.5, warp.visible)]
                 pair = [pair[0].numpy(), pair[1].expand(-1, -1, 3).numpy()]
@@ -379,6 +399,7 @@ def preview(args: argparse.Namespace) -> None:
         save_ply(partial["cloud"], geometry.points[geometry.valid].numpy(), geometry.rgb[geometry.valid].numpy())
     print(f"geometry: {source}")
     print(f"camera: {describe(path)}; one unit of it is {unit:.4g} of the geometry's; {count} frames")
+    print(describe_visible(shares))
     print("wrote", *outputs.values())
 
 
@@ -392,7 +413,11 @@ def main(argv: list[str] | None = None) -> int:
     geometry = parser.add_mutually_exclusive_group()
     geometry.add_argument("--geometry", type=Path, help="Pi3X weights; without them and without --depth a plane")
     geometry.add_argument("--depth", type=Path, help="depth map of the image: .npy, .npz or 16-bit picture")
-    parser.add_argument("--fov", type=float, help="the picture's horizontal degrees (default: the path file's, or 55)")
+    parser.add_argument("--inverse-depth", action="store_true", help="the depth map holds 1 / z")
+    parser.add_argument("--fov", help="the picture's horizontal degrees, or 60,38 with the vertical ones"
+                        " (default: the path file's, or 55)")
+    parser.add_argument("--unit", help="of the path: depth (a tenth of the median depth), 0.2depth, same or meter (the"
+                        " depth map's own), or a number of its units (default: the file's, or depth)")
     parser.add_argument("--size", default="384x640", help="video HEIGHTxWIDTH (384x640)")
     parser.add_argument("--frames", type=int, help="cut or pad the path to this many frames")
     parser.add_argument("--fps", type=float, help="frame rate of the video (default: the path file's, or 16)")

@@ -32,15 +32,15 @@ from files.cli import Parser, existing, parse_size, run_program
 from files.draw import save_png
 from files.machine import check_device, default_device, describe_machine, network_dtype, peak_memory
 from files.measure import steadiness
-from files.media import fit_image, is_video, load_depth, load_image, read_frames, read_mask, resize_frame, to_frames
+from files.media import fit_image, is_video, load_image, read_frames, read_mask, resize_frame, to_frames
 from files.output import Output, parts_folder
 from files.settings import parse_settings, require
 from files.video import try_encoder
 from files.writing import beside, check_apart, check_outputs, fingerprint, replacing
-from geometry.camera import WINDOW, CameraPath, choose_fov, describe, move_path, path_error, retime
-from geometry.paths import load_path
+from geometry.camera import WINDOW, CameraPath, describe, path_error, retime
 from geometry.pi3x import Pi3X, find_pi3x, pi3x_source
-from geometry.surface import PIXEL_LIMIT, estimate, place
+from geometry.scene import choose_unit, describe_visible, given_scene, known_lens, read_path
+from geometry.surface import PIXEL_LIMIT, estimate
 from helios.flow import load_schedule
 from helios.index import check_weights, read_index
 from helios.load import (
@@ -86,7 +86,10 @@ class Settings(Options):
     geometry: Path | None = None  # Pi3X weights; none: Pi3X/model.safetensors in the weights' folder or beside it
     # pictures that Pi3X sees at once, the first and the latest; none: 8, or the weights' own
     keyframes: int | None = None
-    fov: float | None = None  # the picture's horizontal degrees; none: the path file's, or 55
+    # the picture's horizontal degrees, or 60,38 with the vertical ones; none: the path file's, Pi3X's, or 55
+    fov: tuple[float, ...] | None = None
+    unit: str | None = None  # of the path: depth, 0.2depth, same, meter or a number (docs/paths.md); none: the file's
+    inverse_depth: bool = False  # --depth holds 1 / z, as relative depth networks give it
     resample: bool = False  # stretches or squeezes the path to --frames or --fps, instead of cutting or holding it
     check: bool = False  # measures seams, drift and, with Pi3X, the camera of the video: out_check.json
     latents: Path | None = None  # also writes the latents (.safetensors, key `latents`)
@@ -103,7 +106,8 @@ class Settings(Options):
             ("samples", 1 <= self.samples <= 16, "from 1 to 16"),
             ("geometry_pixels", 1000 <= (self.geometry_pixels or 1000) <= 10**7, "from 1000 to 10000000"),
             ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
-            ("fov", self.fov is None or 1 <= self.fov <= 179, "degrees from 1 to 179"),
+            ("fov", self.fov is None or len(self.fov) < 3 and all(1 <= each <= 179 for each in self.fov),
+             "degrees from 1 to 179"),
             ("latents", latents is None or latents.suffix == ".safetensors", "a file name that ends in .safetensors"),
         )
 
@@ -154,10 +158,11 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Control:
-    """What leads a chunk: its poses [T, 4, 4], or its warp, or nothing."""
+    """What leads a chunk: its poses [T, 4, 4], perhaps with their zoom [T, 2], or its warp, or nothing."""
 
     poses: Tensor | None = None
     warp: Warp | None = None
+    zoom: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -191,10 +196,11 @@ class Job:
         return -(-self.frames // WINDOW)
 
 
-def pose_chunks(c2w: Tensor, frames: int) -> Iterator[Control]:
+def pose_chunks(c2w: Tensor, frames: int, zoom: Tensor | None = None) -> Iterator[Control]:
     """Poses by the chunk; the last pose holds to the end."""
     for start in range(0, frames, WINDOW):
-        yield Control(poses=c2w[min(start, len(c2w) - 1):][:WINDOW])
+        first = min(start, len(c2w) - 1)
+        yield Control(c2w[first:][:WINDOW], zoom=None if zoom is None else zoom[first:][:WINDOW])
 
 
 def warp_chunks(warp: Path, mask: Path | None, frames: int, size: tuple[int, int]) -> Iterator[Control]:
@@ -244,7 +250,9 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
     """Settings that would do nothing in this run are refused."""
     set_here = {word.partition("=")[0] for word in args.set}
     needs = ({name: (path, "a camera path: --poses or --move") for name in
-              ("geometry", "keyframes", "fov", "resample", "samples", "geometry_pixels")}
+              ("geometry", "keyframes", "fov", "unit", "resample", "samples",
+               "geometry_pixels")}
+             | {"inverse_depth": (args.depth is not None, "--depth")}
              | {name: (path or args.warp is not None, "a camera: --poses, --move or --warp") for name in
                 ("align", "drop", "threshold", "warp_noise", "warp_sigma", "warp_band", "warp_fill", "previous",
                  "mask_lag")})
@@ -302,25 +310,21 @@ def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, in
                pi3x: Callable[[], Pi3X] | None) -> Start:
     """The picture and the camera in its geometry; says where that comes from."""
     picture = load_image(args.image)
-    unit = 1.0 if path.unit == "meter" else None
-    rendering = RenderSettings(settings.samples)
+    rendering, limit = RenderSettings(settings.samples), settings.geometry_pixels
     if args.depth is None and pi3x is not None:
-        if settings.fov is not None:
-            raise ValueError("--set fov: the field of view comes from Pi3X; it is used with --depth, or without Pi3X")
         image = fit_image(picture, size).to(settings.device)
         keyframes = settings.keyframes or read_index(args.weights).keyframes
-        camera = Memory(pi3x, image, size, rendering, keyframes=keyframes, unit=unit, limit=settings.geometry_pixels)
-        source = f"Pi3X of {file}"
+        K, words = known_lens(picture, path, size, settings.fov)
+        camera = Memory(pi3x, image, size, rendering, keyframes=keyframes, limit=limit, K=K)
+        camera.unit = choose_unit(settings.unit or path.unit, camera.reference)
+        source = f"Pi3X of {file}{words}"
     else:
         if settings.keyframes is not None:
             raise ValueError("--set keyframes: there is no Pi3X here")
-        fov = choose_fov(settings.fov, path)
-        depth = None if args.depth is None else load_depth(args.depth)
-        image, geometry = place(picture, depth, fov, size, settings.device,
-                                settings.geometry_pixels or PIXEL_LIMIT)
+        image, geometry, unit, source = given_scene(picture, path, args.depth, size, settings.fov,
+                                                    settings.inverse_depth, settings.unit, settings.device,
+                                                    limit or PIXEL_LIMIT)
         camera = Camera(geometry, size, unit, rendering)
-        source = args.depth or "neither Pi3X nor --depth, so the picture stands on a plane at depth 1"
-        source = f"{source}, field of view {fov:g} degrees"
     print(f"geometry: {source}\ncamera: {describe(path)}; one unit of it is {camera.unit:.4g} of the geometry's")
     return Start(image=image, camera=camera)
 
@@ -341,7 +345,7 @@ def start_video(path: Path, size: tuple[int, int]) -> Start:
 def prepare(args: argparse.Namespace, settings: Settings) -> Job:
     """Read and check all inputs but the networks; raises ValueError or OSError with one line."""
     size = choose_size(args)
-    path = load_path(args.poses) if args.poses else CameraPath(move_path(args.move)) if args.move is not None else None
+    path = read_path(args.poses, args.move) if args.poses or args.move is not None else None
     led = path is not None or args.warp is not None
     lora = choose_lora(args, settings, led)
     precision = str(network_dtype(settings.device)).removeprefix("torch.")
@@ -352,7 +356,7 @@ def prepare(args: argparse.Namespace, settings: Settings) -> Job:
     if path is not None:
         path, frames, fps = retime(path, args.frames, args.fps, settings.resample)
         file, pi3x = open_pi3x(args, settings, frames)
-        start, controls = start_path(args, settings, size, path, file, pi3x), pose_chunks(path.c2w, frames)
+        start, controls = start_path(args, settings, size, path, file, pi3x), pose_chunks(path.c2w, frames, path.zoom)
     elif args.warp is not None:
         warp, mask = args.warp[0], args.warp[1] if len(args.warp) > 1 else None
         frames = count_warp(warp, mask, args.frames)
@@ -462,7 +466,7 @@ def generate(args: argparse.Namespace, job: Job, output: Output) -> Rollout:
         models.transformer.compile_blocks()
     progress = Progress(settings, models.schedule.sampler == "dmd", job.chunks)
     generator = torch.Generator("cpu").manual_seed(args.seed)
-    begin, already = time.perf_counter(), len(output.counts)
+    begin, already, shares = time.perf_counter(), len(output.counts), []
     rollout = Rollout(models, prompts[0], job.size, generator, start.image, start.video, start.camera, job.lora,
                       settings, progress)
     if output.rollout is not None:
@@ -470,7 +474,9 @@ def generate(args: argparse.Namespace, job: Job, output: Output) -> Rollout:
     try:
         for control in islice(job.controls, already, None):
             prompt = prompt_at(prompts, rollout.chunk, settings.prompt_blend)
-            chunk = rollout.next(control.poses, control.warp, prompt)
+            chunk = rollout.next(control.poses, control.warp, prompt, control.zoom)
+            if chunk.warp is not None:
+                shares += chunk.warp.visible[0, 0, -WINDOW:].mean((1, 2)).tolist()
             output.add(pictures(chunk), chunk.latents, rollout.state())
     except KeyboardInterrupt:
         if not output.count:
@@ -479,6 +485,9 @@ def generate(args: argparse.Namespace, job: Job, output: Output) -> Rollout:
         print(f"\nstopped: keeping the {output.count} frames that are done; to go on: python sample.py {words}")
     finally:
         progress.close()
+    if shares:
+        shares = shares[: output.count - already * WINDOW]
+        print(describe_visible(shares, already * WINDOW))
     report(rollout, output, already, time.perf_counter() - begin, settings.device)
     return rollout
 

@@ -339,10 +339,11 @@ class Rollout:
         return velocity
 
     @torch.no_grad()
-    def next(self, poses: Tensor | None = None, warp: Warp | None = None, prompts: Prompts | None = None) -> Chunk:
+    def next(self, poses: Tensor | None = None, warp: Warp | None = None, prompts: Prompts | None = None,
+             zoom: Tensor | None = None) -> Chunk:
         """Generate 33 frames: along `poses` [T, 4, 4] (needs the camera; the last one holds if there are fewer than
-        33), led by a `warp` that was made elsewhere ([1, 3, 33 or 34, H, W]), or, with neither, as plain Helios
-        continues.
+        33), with focal lengths `zoom` [T, 2] times the picture's, led by a `warp` that was made elsewhere ([1, 3, 33 or
+        34, H, W]), or, with neither, as plain Helios continues.
 
         After an error the rollout is as it was before, so that a second try gives what the first would have."""
         before, words = self.state(), (self.prompts, self.text_cache)
@@ -352,7 +353,7 @@ class Rollout:
             if poses is not None:
                 if self.camera is None or warp is not None:
                     raise ValueError("poses need a camera, and no warp beside them")
-                warp = self.camera.warp(poses)
+                warp = self.camera.warp(poses, zoom)
             warp = None if warp is None else fill_warp(warp, self.options.warp_fill)
             noise = self.normal(CHUNK)
             native = self.native_history()

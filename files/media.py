@@ -168,27 +168,6 @@ def kept_share(image: Image.Image, size: tuple[int, int]) -> tuple[float, float]
     return min(1.0, 1 / ratio), min(1.0, ratio)
 
 
-def load_depth(path: str | Path) -> Tensor:
-    """A depth map [h,w] float32, z in any unit: .npy, .npz (its only array, or `depth`) or a 16-bit picture."""
-    if is_picture(Path(path)):
-        image = open_image(path)
-        if not image.mode.startswith(("I", "F")):
-            raise ValueError(f"{path}: a picture of mode {image.mode}, expected 16-bit gray depth")
-        depth = np.asarray(image)
-    else:
-        arrays = read_arrays(path)
-        if len(arrays) != 1 and "depth" not in arrays:
-            raise ValueError(f"{path}: arrays {', '.join(sorted(arrays))}, expected one, or one named 'depth'")
-        depth = arrays["depth"] if "depth" in arrays else next(iter(arrays.values()))
-    if depth.ndim != 2 or depth.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: array of shape {depth.shape}, type {depth.dtype}, expected numbers [height, width]")
-    with np.errstate(over="ignore"):  # too far is unknown
-        depth = torch.from_numpy(depth.astype(np.float32))
-    if not (depth.isfinite() & (depth > 0)).any():
-        raise ValueError(f"{path}: no depth is finite and positive")
-    return depth
-
-
 # ------------------------------------------------------------------------------------------------------------- videos
 
 

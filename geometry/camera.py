@@ -1,13 +1,14 @@
 """Cameras: the arithmetic of poses, paths made from words, and the error of one path against another.
 
 A path is a `CameraPath`: camera-to-world matrices [T,4,4] in OpenCV axes (x right, y down, z forward). Its unit is a
-tenth of the first frame's median depth, as officially, unless a file says "meter". Moves such as "forward 1, yaw -20"
-turn and travel like the buttons of the official web page, but "up" goes up. Relative poses, padding and windows are
-as officially.
+tenth of the first frame's median depth, as officially, unless a file or the user says another. Moves such as
+"forward 1, yaw -20" turn and travel like the buttons of the official web page, but "up" goes up. Relative poses,
+padding and windows are as officially.
 """
 
 import functools
 import math
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +23,69 @@ DEPTH = 10  # units in one median depth
 class CameraPath:
     c2w: Tensor  # [T, 4, 4] float32
     fps: float | None = None
-    fov_x: float | None = None  # horizontal field of view, degrees
-    unit: str = "depth"  # of the translations: "depth" (a tenth of the first frame's median depth) or "meter"
+    unit: str = "depth"  # of the translations, for `unit_length`
+    # Of frame 0 the focal lengths and the principal point (fx, fy, cx, cy), and the width and height of the picture in
+    # whose pixels they are; nan is not known
+    lens: tuple[float, float, float, float] | None = None
+    size: tuple[float, float] | None = None
+    zoom: Tensor | None = None  # [T, 2]: fx and fy of each frame over those of frame 0; none: they stay
+    names: tuple[str, ...] | None = None  # of the frames
+
+    @property
+    def fov_x(self) -> float | None:
+        """Horizontal degrees of frame 0, where they are known."""
+        width = self.size[0] if self.size else 2 * self.lens[2] if self.lens else math.nan
+        degrees = 2 * math.degrees(math.atan2(width, 2 * self.lens[0])) if self.lens else math.nan
+        return None if math.isnan(degrees) else degrees
+
+
+def square_lens(fov_x: float) -> dict:
+    """`lens` and `size` of a CameraPath of which only the horizontal degrees are known."""
+    return {"lens": (0.5 / math.tan(math.radians(fov_x) / 2), math.nan, math.nan, math.nan), "size": (1.0, math.nan)}
+
+
+def resolve_lens(path: CameraPath, width: int, height: int,
+                 fov: tuple[float, ...] | None = None) -> tuple[tuple[float, float, float, float], str]:
+    """Focal lengths and principal point (fx, fy, cx, cy) of a picture in shares of its width and height, and in words
+    what it is. `fov` is the user's, horizontal and perhaps vertical degrees; else the path's lens counts, else 55
+    degrees. What neither says: pixels are square, the principal point is the middle."""
+    if fov is not None or path.lens is None:
+        x, *y = (0.5 / math.tan(math.radians(degrees) / 2) for degrees in fov or (55.0,))
+        return (x, y[0] if y else x * width / height, 0.5, 0.5), f"field of view {(fov or (55.0,))[0]:g} degrees"
+    (fx, fy, cx, cy), aspect, words = path.lens, width / height, ""
+    w, h = path.size or (2 * cx, 2 * cy)
+    if path.size is None and abs(w / h / aspect - 1) > 0.02:  # not the middle, so it must be the picture's own pixels
+        (w, h), words = (width, height), ", principal point off the middle"
+    squeeze = fy / fx if fx > 0 and fy > 0 else 1.0  # of pixels that are not square
+    fx = fx if fx > 0 else fy
+    w, h = (h * aspect if math.isnan(w) else w), (w / aspect if math.isnan(h) else h)
+    if abs(w / h / aspect - 1) > 0.02:
+        words = f", horizontally: the path's pictures are {w / h:.3g} times as wide as high, this one is {aspect:.3g}"
+        h, cy = w / aspect, math.nan
+    lens = fx / w, fx * squeeze / h, cx / w, cy / h
+    degrees = math.degrees(2 * math.atan(0.5 / lens[0]))
+    middle = [0.5 if math.isnan(share) else share for share in lens[2:]]
+    if not (1 <= degrees <= 179 and all(0 < share < 1 for share in middle)):
+        raise ValueError(f"the path's camera, focal length {fx:g} and principal point {cx:g}, {cy:g} of {w:g}x{h:g},"
+                         " is none: expected a view of 1 to 179 degrees")
+    return (lens[0], lens[1], *middle), f"field of view {degrees:.4g} degrees{words}"  # pyright: ignore[reportReturnType]
+
+
+def unit_length(unit: str, median: float) -> float:
+    """Of a path's unit in the unit of a geometry whose median depth is `median`. A `unit` is "depth", officially a
+    tenth of the median depth, or "0.05depth", another share of it; "same" or "meter", the geometry's own; or a number
+    of its units, as "1000" for a path in meters beside a depth map in millimeters."""
+    if unit in ("same", "meter"):
+        return 1.0
+    share = re.fullmatch(r"([0-9.e+-]*)(depth)?", unit)
+    try:
+        assert share
+        length = float(share[1] or 1 / DEPTH) * (median if share[2] else 1)
+    except (AssertionError, ValueError):
+        length = math.nan
+    if not (0 < length < 1e9 and unit):
+        raise ValueError(f"unit {unit!r}: expected depth, meter, same, a number, or a share as in 0.05depth")
+    return length
 
 
 def homogeneous(poses: Tensor, where: str = "camera poses") -> Tensor:
@@ -92,21 +154,26 @@ def rigid(q: Tensor, translation: Tensor) -> Tensor:
     return homogeneous(torch.cat([rotation, translation[:, :, None]], dim=-1))
 
 
-def resample(path: CameraPath, frames: int) -> CameraPath:
-    """The same way in `frames` evenly spaced poses: rotations by slerp, translations linear, both ends kept. The frame
-    rate stays, so the camera gets slower or faster."""
-    if frames < 2:
-        raise ValueError(f"a path can't be resampled to {frames} frames, expected at least 2")
-    c2w, last = path.c2w.double(), len(path.c2w) - 1
-    place = torch.linspace(0, last, frames, dtype=torch.float64, device=c2w.device)
-    index = place.long()
-    share = (place - index)[:, None]
+def between(path: CameraPath, place: Tensor) -> CameraPath:
+    """The path at each `place` [n], counted in its poses: rotations by slerp, the rest linear."""
+    c2w, place = path.c2w.double(), place.double()
+    index = place.long().clamp(max=len(c2w) - 1)
+    share, after = (place - index)[:, None], (index + 1).clamp(max=len(c2w) - 1)
     here = c2w[index]
-    step = product(inverse(here), c2w[(index + 1).clamp(max=last)])
+    step = product(inverse(here), c2w[after])
     q = quaternion(step[:, :3, :3])
     half = share * q[:, :1].clamp(max=1).acos()  # angle
     q = torch.cat([half.cos(), half.sin() * F.normalize(q[:, 1:], dim=-1)], dim=-1)
-    return replace(path, c2w=product(here, rigid(q, share * step[:, :3, 3])).float())
+    zoom = None if path.zoom is None else torch.lerp(path.zoom[index], path.zoom[after], share.to(path.zoom))
+    return replace(path, c2w=product(here, rigid(q, share * step[:, :3, 3])).float(), zoom=zoom, names=None)
+
+
+def resample(path: CameraPath, frames: int) -> CameraPath:
+    """The same way in `frames` evenly spaced poses, both ends kept. The frame rate stays, so the camera gets slower or
+    faster."""
+    if frames < 2:
+        raise ValueError(f"a path can't be resampled to {frames} frames, expected at least 2")
+    return between(path, torch.linspace(0, len(path.c2w) - 1, frames, dtype=torch.float64))
 
 
 def retime(path: CameraPath, frames: int | None, fps: float | None, stretch: bool) -> tuple[CameraPath, int, float]:
@@ -119,6 +186,8 @@ def retime(path: CameraPath, frames: int | None, fps: float | None, stretch: boo
     if not 1 <= rate <= 240:
         raise ValueError(f"--fps {rate:g}: expected a number from 1 to 240")
     if frames is None:
+        if stretch and path.fps is None:
+            raise ValueError("resample: the path has no rate of its own (fps, or time stamps); give --frames")
         speed = rate / path.fps if stretch and path.fps is not None else 1
         frames = round((len(path.c2w) - 1) * speed) + 1
     if frames < 1:
@@ -129,9 +198,10 @@ def retime(path: CameraPath, frames: int | None, fps: float | None, stretch: boo
 def describe(path: CameraPath) -> str:
     """How far the path goes and turns, added up from frame to frame."""
     steps, unit = path.c2w.double().diff(dim=0), "meters" if path.unit == "meter" else "units"
+    zoom = "" if path.zoom is None else f", zoom {path.zoom.min():.3g} to {path.zoom.max():.3g}"
     turned = turn_degrees(path.c2w[1:, :3, :3].double(), path.c2w[:-1, :3, :3].double()).sum()
     travelled = steps[:, :3, 3].norm(dim=-1).sum()
-    return f"{len(path.c2w)} poses, {travelled:.4g} {unit} travelled, {turned:.4g} degrees turned"
+    return f"{len(path.c2w)} poses, {travelled:.4g} {unit} travelled, {turned:.4g} degrees turned{zoom}"
 
 
 def turn_degrees(a: Tensor, b: Tensor) -> Tensor:
@@ -161,6 +231,7 @@ VERBS = {  # verb -> component of (x, y, z, yaw, pitch, roll, orbit, spiral), fa
     "up": (1, -1), "down": (1, 1),  # y points down; the official web page has "rise" as +y, which goes down
     "yaw": (3, 1), "pitch": (4, 1), "roll": (5, 1),  # right, up, clockwise
     "dolly": (2, DEPTH), "truck": (0, DEPTH), "pan": (3, 1), "tilt": (4, 1), "orbit": (6, 1), "spiral": (7, 1),
+    "zoom": (8, 1),  # its amount is a factor of the focal length
 }
 
 
@@ -190,7 +261,7 @@ def circle(start: Tensor, orbit: Tensor, spiral: Tensor) -> Tensor:
 
 def parse_move(text: str) -> Tensor:
     """One chunk's words, "forward 1 + yaw 20" -> the components of `VERBS`."""
-    move = torch.zeros(8, dtype=torch.float64)
+    move = torch.zeros(9, dtype=torch.float64)
     for phrase in map(str.strip, text.split("+")):
         verb, *words = phrase.split() or [""]
         if phrase == "hold":
@@ -203,9 +274,17 @@ def parse_move(text: str) -> Tensor:
             amount = math.nan
         if not abs(amount) < 1e4:
             raise ValueError(f"move {phrase!r}: expected one number below 10000 after {verb!r}, as in '{verb} 1'")
+        if verb == "zoom" and not 0.02 <= amount <= 50:
+            raise ValueError(f"move {phrase!r}: expected a factor from 0.02 to 50, as in 'zoom 1.5'")
         component, factor = VERBS[verb]
-        move[component] += factor * amount
+        move[component] += math.log(amount) if verb == "zoom" else factor * amount
     return move
+
+
+def eased(chunk: int, length: int) -> Tensor:
+    """Progress [length] of a chunk's move, smooth at both ends; a later chunk begins after the frame before it."""
+    progress = torch.linspace(0 if chunk == 0 else 1 / length, 1, length, dtype=torch.float64)
+    return progress**2 * (3 - 2 * progress)
 
 
 def move_path(text: str, length: int = WINDOW) -> Tensor:
@@ -214,16 +293,17 @@ def move_path(text: str, length: int = WINDOW) -> Tensor:
     stops smoothly and goes on from the end of the one before. Raises ValueError naming the word."""
     poses, start = [], torch.eye(4, dtype=torch.float64)
     for chunk, phrase in enumerate(text.split(",")):
-        progress = torch.linspace(0 if chunk == 0 else 1 / length, 1, length, dtype=torch.float64)
-        progress, move = progress**2 * (3 - 2 * progress), parse_move(phrase)
+        progress, move = eased(chunk, length), parse_move(phrase)
         poses.append(motion(circle(start, progress * move[6], progress * move[7]), move[:6], progress))
         start = poses[-1][-1]
     return torch.cat(poses).float()
 
 
-def choose_fov(given: float | None, path: CameraPath) -> float:
-    """The horizontal field of view in degrees: the user's, else the path file's, else 55."""
-    fov_x = given if given is not None else path.fov_x if path.fov_x is not None else 55.0
-    if not 1 <= fov_x <= 179:
-        raise ValueError(f"--fov {fov_x:g}: expected degrees from 1 to 179")
-    return fov_x
+def moves(text: str, length: int = WINDOW) -> CameraPath:
+    """The path of `move_path` with its zoom: "zoom 1.5" makes the focal length 1.5 times as long."""
+    poses, zoom, before = move_path(text, length), [], 0.0
+    for chunk, phrase in enumerate(text.split(",")):
+        zoom.append(before + eased(chunk, length) * parse_move(phrase)[8])
+        before = zoom[-1][-1]
+    factors = torch.cat(zoom).exp().float()
+    return CameraPath(poses, zoom=factors[:, None].expand(-1, 2) if (factors != 1).any() else None)

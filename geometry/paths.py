@@ -1,213 +1,197 @@
-"""Camera paths from files: json, npz, text and COLMAP folders, official and others'.
+"""Camera paths from files of every kind: `load_path`.
 
-The key or the layout of a file tells its convention; `check_poses` converts to camera-to-world in OpenCV axes and
-checks. Left out: timestamps (frames are evenly spaced), lens distortion, focal lengths that change on the way (the
-first frame's counts), COLMAP's binary models.
+What a file holds tells its format and convention, whatever its suffix: the readers are from_json.py, from_text.py,
+from_arrays.py and from_colmap.py. Here is the one way that all of them take then: checks, the frames in their order,
+camera-to-world in OpenCV axes, relative positions before single precision, and the rate. Left out: lens distortion.
 """
 
-import json
-import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from files.arrays import read_arrays
-from geometry.camera import CameraPath, homogeneous, inverse, rigid
+from files.cli import note
+from files.media import natural_order
+from geometry.camera import CameraPath, between, inverse, resample, turn_degrees, unit_length
+from geometry.from_arrays import from_arrays
+from geometry.from_colmap import from_folder
+from geometry.from_json import from_json
+from geometry.from_text import KEYS, from_keys, from_text
+from geometry.recording import Recording
 
-
-def check_poses(poses: Tensor, convention: str, where: str) -> Tensor:
-    """A file's poses [T,4,4] or [T,3,4] as float32 camera-to-world [T,4,4] in OpenCV axes. Their `convention` is "c2w"
-    or "w2c", both OpenCV, or "opengl": c2w with y up and z backward. Raises ValueError naming `where` and the frame."""
-    c2w = homogeneous(poses.double().clamp(-1e9, 1e9), where)
-    if len(c2w) < 2:
-        raise ValueError(f"{where}: {len(c2w)} pose, expected at least 2")
-    if convention == "w2c":
-        c2w = inverse(c2w)
-    elif convention == "opengl":
-        c2w = c2w * c2w.new_tensor([1, -1, -1, 1])  # the columns are the camera's axes
-    rotation = c2w[:, :3, :3].nan_to_num()
-    tests = {
-        "a number is not finite or beyond 1e6": ~(c2w.abs() < 1e6).all(-1).all(-1),
-        "the last row is not 0 0 0 1": ((c2w[:, 3] - c2w.new_tensor([0, 0, 0, 1])).abs() > 1e-5).any(-1),
-        "the rotation is not orthonormal to 1e-3": (rotation @ rotation.mT - torch.eye(3)).abs().amax((1, 2)) > 1e-3,
-        "the rotation is a reflection (determinant -1)": torch.linalg.det(rotation) < 0,
-    }
-    for problem, failed in tests.items():
-        if failed.any():
-            raise ValueError(f"{where}, frame {failed.nonzero()[0].item()}: {problem}")
-    return homogeneous(c2w[:, :3].float())
-
-
-def field_of_view(width: float, focal: float, where: str) -> float:
-    """Degrees that `width` spans at distance `focal`."""
-    degrees = 2 * math.degrees(math.atan2(width, 2 * focal))
-    if not 1 <= degrees <= 179:
-        raise ValueError(f"{where}: focal length {focal:g} for width {width:g}, expected a view of 1 to 179 degrees")
-    return degrees
-
-
-def numbers(value: object, where: str, *shapes: tuple[int, ...]) -> np.ndarray:
-    """A file's value as an array of one of the `shapes`."""
-    try:
-        array = np.array(value)
-    except ValueError:  # rows of unequal length
-        array = np.array(None)
-    if array.dtype.kind not in "fiu" or array.shape not in shapes:
-        raise ValueError(f"{where}: expected a list of numbers of shape {' or '.join(map(str, shapes))}")
-    return array.astype(np.float64)
-
-
-def number(data: dict, key: str, where: str, low: float, high: float) -> float:
-    value = data.get(key)
-    if not (type(value) in (int, float) and low <= value <= high):
-        raise ValueError(f"{where}: {key} is {value!r}, expected a number from {low} to {high}")
-    return value
-
-
-LAYOUTS = {  # key of a json file -> key of the matrix in each frame, convention
-    "c2w": (None, "c2w"), "w2c": (None, "w2c"),
-    "frames": ("transform_matrix", "opengl"),  # transforms.json of nerfstudio and instant-ngp
-    "camera_path": ("camera_to_world", "opengl"),  # export of the nerfstudio viewer
-    "0": ("extrinsic", "c2w"),  # HY-WorldPlay, frames "0", "1", ...: camera-to-world in spite of the name
+Name = Callable[[int], str]  # of a frame, for errors
+JUMP = 20  # median steps that one step may be
+AXES = {  # convention of a camera-to-world matrix -> its world [3,3] and its camera's axes [3,3] in ours
+    "opengl": (np.eye(3), np.diag([1.0, -1, -1])),
+    "unreal": (np.array([[0, 1, 0], [0, 0, -1], [1, 0, 0.0]]), np.array([[0, 0, 1], [1, 0, 0], [0, -1, 0.0]])),
 }  # fmt: skip
 
 
-def frame_matrix(frame: object, key: str | None, where: str) -> np.ndarray:
-    """[4,4] of one frame of a json file, which is the matrix itself or an object with the `key`."""
-    if key is not None:
-        known = {"c2w", "w2c"} | {name for name, _ in LAYOUTS.values()}
-        found = sorted(known.intersection(frame)) if isinstance(frame, dict) else []
-        if found != [key]:
-            raise ValueError(f"{where}: expected {key!r} as the only matrix, found {', '.join(found) or 'none'}")
-        frame, where = frame[key], f"{where}: {key!r}"
-    return np.vstack([numbers(frame, where, (3, 4), (4, 4), (16,)).reshape(-1, 4), [0, 0, 0, 1]])[:4]
+def whole(poses: np.ndarray, name: Name) -> tuple[np.ndarray, list[str]]:
+    """[T,4,4] with finite numbers and the last row 0 0 0 1; matrices written column by column are turned."""
+    if poses.shape[1] == 3:
+        last = np.broadcast_to([0.0, 0, 0, 1], (len(poses), 1, 4))
+        poses = np.concatenate([poses, last], axis=1)
+    for index in np.nonzero(~np.isfinite(poses).all(axis=(1, 2)))[0]:
+        raise ValueError(f"{name(index)}: a number is not finite")
+    off = np.abs(poses[:, 3] - [0, 0, 0, 1]).max(1) > 1e-5
+    if off.any() and np.abs(poses[:, :, 3] - [0, 0, 0, 1]).max() <= 1e-5:
+        return poses.transpose(0, 2, 1), ["the matrices are written column by column"]
+    for index in np.nonzero(off)[0]:
+        raise ValueError(f"{name(index)}: the last row is not 0 0 0 1")
+    return poses, []
 
 
-def json_fov(given: dict, layout: str, where: str) -> float | None:
-    """Horizontal degrees from the keys of the file and its first frame, None if there are no such keys."""
-    if "fov_x" in given:
-        return number(given, "fov_x", where, 1, 179)
-    if layout == "frames" and "camera_angle_x" in given:
-        return math.degrees(number(given, "camera_angle_x", where, 0.02, 3.12))
-    if layout == "frames" and "fl_x" in given:
-        return field_of_view(number(given, "w", where, 1, 1e6), number(given, "fl_x", where, 1, 1e6), where)
-    if layout == "camera_path" and "fov" in given:  # vertical, as in three.js
-        slope = math.tan(math.radians(number(given, "fov", where, 1, 179)) / 2)
-        return field_of_view(slope * number(given, "aspect", where, 0.01, 100), 0.5, where)
-    if "K" in given:  # HY-WorldPlay knows no size: the principal point is the middle of the picture
-        K = numbers(given["K"], f"{where}: 'K'", (3, 3))
-        width = 2 * K[0, 2] if layout == "0" else numbers(given.get("size"), f"{where}: 'size' of 'K'", (2,))[1]
-        return field_of_view(width, K[0, 0], where)
-    return None
+def straighten(poses: np.ndarray, convention: str, name: Name) -> tuple[np.ndarray, list[str]]:
+    """Rotations without the scale that Blender's cameras may have, and rounded ones made exact."""
+    poses, notes = poses.copy(), []
+    lengths = np.linalg.norm(poses[:, :3, :3], axis=2 if convention == "w2c" else 1)
+    scale = np.median(lengths)
+    if abs(scale - 1) > 5e-3 and 1e-6 < scale and np.abs(lengths / scale - 1).max() < 0.01:
+        notes.append(f"the camera's axes are {scale:.4g} long: divided out")
+        poses[:, :3, : 4 if convention == "w2c" else 3] /= scale
+    rotation = poses[:, :3, :3]
+    error = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
+    for index in np.nonzero(error > 2e-2)[0]:
+        raise ValueError(f"{name(index)}: the rotation is not orthonormal to 0.02")
+    for index in np.nonzero(np.linalg.det(rotation) < 0)[0]:
+        raise ValueError(f"{name(index)}: the rotation is a reflection (determinant -1): a left-handed world?")
+    if (rounded := error > 2e-4).any():
+        u, _, vt = np.linalg.svd(rotation[rounded])
+        poses[rounded, :3, :3] = u @ vt
+        notes.append(f"{rounded.sum()} rotations are rounded (off by {error.max():.2g}): the nearest ones are taken")
+    return poses, notes
 
 
-def read_json(file: Path) -> CameraPath:
-    """One of `LAYOUTS`; beside it may be `fov_x` (degrees) or `K` and `size` ([height, width]), `fps` and `unit`."""
+def to_c2w(poses: np.ndarray, convention: str) -> np.ndarray:
+    if convention == "w2c":
+        return inverse(torch.from_numpy(poses)).numpy()
+    if convention in AXES:
+        world, axes = AXES[convention]
+        poses = poses.copy()
+        poses[:, :3] = world @ poses[:, :3]
+        poses[:, :3, :3] = poses[:, :3, :3] @ axes
+    return poses
+
+
+def order_of(found: Recording) -> np.ndarray:
+    """By time, else by name, else as it is."""
+    if found.times is not None:
+        return found.times.argsort(kind="stable")
+    if found.names is not None:
+        return np.array(sorted(range(len(found.names)), key=lambda index: natural_order(found.names[index])), dtype=int)
+    return np.arange(len(found.poses))
+
+
+def jump(c2w: Tensor) -> list[str]:
+    """A word of a step far larger than the others."""
+    steps = c2w.double().diff(dim=0)[:, :3, 3].norm(dim=-1)
+    turns = turn_degrees(c2w[1:, :3, :3].double(), c2w[:-1, :3, :3].double())
+    for name, sizes, least in (("moves", steps, 0.0), ("turns", turns, 20.0)):
+        usual = sizes[sizes > 1e-9 + 1e-6 * sizes.max()]
+        if len(usual) > 4 and sizes.max() > max(JUMP * usual.median().item(), least):
+            frame = int(sizes.argmax()) + 1
+            return [f"frame {frame}: the camera jumps, it {name} {sizes.max() / usual.median():.3g} times as far as"
+                    " usual in one step"]
+    return []
+
+
+def keep_time(path: CameraPath, times: np.ndarray, where: str, counted: bool, fill: bool) -> CameraPath:
+    """The rate that time stamps tell; frames that are missing between others come back, halfway between neighbours."""
+    steps = np.diff(times)
+    step = np.median(steps)
+    if fill and steps.max() > 1.5 * step:
+        count = round((times[-1] - times[0]) / step) + 1
+        if count > 100 * len(times):
+            raise ValueError(f"{where}: the time stamps have a gap of {steps.max() / step:.3g} frames")
+        even = np.arange(count) * step + times[0]
+        place = np.interp(even, times, np.arange(len(times)))
+        word = f"{len(even) - len(times)} frames are missing in time and filled in: {len(even)} poses"
+        note(f"{where}: {word}")
+        path = between(path, torch.from_numpy(place))
+    else:
+        step = steps.mean()
+    told = not counted and path.fps is None and 1 <= 1 / step <= 240
+    return replace(path, fps=1 / step) if told else path
+
+
+def finish(found: Recording, fill: bool) -> CameraPath:
+    """A path of what a file says. Raises ValueError naming the frame."""
+    if len(found.poses) < 2:
+        raise ValueError(f"{found.where}: {len(found.poses)} pose, expected at least 2")
+
+    def name(index: int) -> str:
+        return f"{found.where}, frame {index}" + (f" ({found.names[index]})" if found.names else "")
+
+    poses, turned = whole(np.asarray(found.poses, dtype=np.float64), name)
+    poses, notes = straighten(poses, found.convention, name)
+    order, c2w = order_of(found), to_c2w(poses, found.convention)
+    c2w[:, :3, 3] -= c2w[order[0], :3, 3].copy()  # before single precision: the world's origin may be far away
+    for index in np.nonzero(~(np.abs(c2w) < 1e6).all(axis=(1, 2)))[0]:
+        raise ValueError(f"{name(index)}: a number is beyond 1e6")
+    lens, zoom = lens_of(found, order)
+    names = tuple(found.names[index] for index in order) if found.names else None
+    path = CameraPath(torch.from_numpy(c2w[order]).float(), found.fps, found.unit, lens, found.size, zoom, names)
     try:
-        data = json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-    found = [key for key in LAYOUTS if key in data] if isinstance(data, dict) else []
-    if len(found) != 1:
-        expected = ", ".join(map(repr, LAYOUTS))
-        raise ValueError(f"{file}: expected exactly one of the key {expected}, found {' and '.join(found) or 'none'}")
-    (layout,), where = found, f"{file}: {found[0]!r}"
-    frames, (key, convention) = data[layout], LAYOUTS[layout]
-    if layout == "0":
-        frames, where = [data.get(str(index)) for index in range(sum(map(str.isdecimal, data)))], str(file)
-    if not isinstance(frames, list) or not frames:
-        raise ValueError(f"{where}: expected a list of at least 2 poses")
-    matrices = [frame_matrix(frame, key, f"{where}, frame {index}") for index, frame in enumerate(frames)]
-    fov_x = json_fov(data if key is None else {**data, **frames[0]}, layout, str(file))
-    fps = number(data, "fps", str(file), 1, 240) if "fps" in data else None
-    unit = data.get("unit", "depth")
-    if unit not in ("depth", "meter"):
-        raise ValueError(f"{file}: unit is {unit!r}, expected 'depth' or 'meter'")
-    return CameraPath(check_poses(torch.from_numpy(np.stack(matrices)), convention, where), fps, fov_x, unit)
-
-
-def read_npz(file: Path) -> CameraPath:
-    """The official `camera_poses`, GEN3C's `w2c` with `intrinsics`, or ViPE's `data` (camera-to-world) with `inds`."""
-    arrays = read_arrays(file)
-    found = [keys for keys in (("camera_poses",), ("w2c", "intrinsics"), ("data", "inds")) if {*keys} <= {*arrays}]
-    if len(found) != 1:
-        problem = "more than one layout" if found else "no array 'camera_poses'"
-        raise ValueError(f"{file}: {problem}, found {', '.join(sorted(arrays))}; expected one of"
-                         " camera_poses, w2c + intrinsics (GEN3C), data + inds (ViPE)")
-    name = found[0][0]
-    if arrays[name].dtype.kind not in "fiu":
-        raise ValueError(f"{file}: {name!r} has type {arrays[name].dtype}, expected numbers")
-    poses = torch.from_numpy(arrays[name].astype(np.float64))
-    c2w = check_poses(poses, "w2c" if name == "w2c" else "c2w", f"{file}: {name!r}")
-    if name == "data":
-        c2w = c2w[numbers(arrays["inds"], f"{file}: 'inds'", (len(c2w),)).argsort()]
-    if name != "w2c":
-        return CameraPath(c2w)
-    where = f"{file}: 'intrinsics'"  # no size there either: the principal point is the middle of the picture
-    K = numbers(arrays["intrinsics"], where, (len(c2w), 3, 3), (3, 3)).reshape(-1, 3, 3)[0]
-    return CameraPath(c2w, fov_x=field_of_view(2 * K[0, 2], K[0, 0], where))
-
-
-def read_lines(file: Path) -> list[tuple[str, list[str]]]:
-    """The words of all lines but comments, each line with its place."""
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()  # what is no text is no number either
-    return [(f"{file}, line {index}", line.split()) for index, line in enumerate(lines, 1) if not line.startswith("#")]
-
-
-def floats(words: list[str], where: str) -> list[float]:
-    try:
-        return [float(word) for word in words]
+        unit_length(path.unit, 1.0)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise ValueError(f"{found.where}: {error}") from None
+    if found.times is not None:
+        path = keep_time(path, found.times[order], found.where, found.counted, fill)
+    if found.latents:
+        path = resample(path, 4 * len(order) - 3)
+    for word in (*turned, *notes, *jump(path.c2w)):
+        note(f"{found.where}: {word}")
+    return path
 
 
-def read_txt(file: Path) -> CameraPath:
-    """One pose a line, of 19 columns: RealEstate10K and CameraCtrl (time, fx fy cx cy in picture sizes, 0 0, 3x4 w2c;
-    the video's address may come first); of 12: KITTI (3x4 c2w); of 8: TUM (time, position, quaternion x y z w; c2w)."""
-    lines = [(where, words) for where, words in read_lines(file) if words]
-    lines = lines[1:] if lines and len(lines[0][1]) == 1 else lines  # the address
-    columns = len(lines[0][1]) if lines else 0
-    if columns not in (8, 12, 19):
-        raise ValueError(f"{file}: {columns} columns, expected 8 (TUM), 12 (KITTI) or 19 (RealEstate10K)")
-    for where, words in lines:
-        if len(words) != columns:
-            raise ValueError(f"{where}: {len(words)} columns, expected {columns} as in the first pose")
-    rows, where = torch.tensor([floats(words, where) for where, words in lines], dtype=torch.float64), str(file)
-    if columns == 19:
-        c2w = check_poses(rows[:, 7:].reshape(-1, 3, 4), "w2c", where)
-        return CameraPath(c2w, fov_x=field_of_view(1, rows[0, 1].item(), where))
-    poses = rows.reshape(-1, 3, 4) if columns == 12 else rigid(rows[:, [7, 4, 5, 6]], rows[:, 1:4])
-    return CameraPath(check_poses(poses, "c2w", where))
+def lens_of(found: Recording, order: np.ndarray) -> tuple[tuple[float, float, float, float] | None, Tensor | None]:
+    """The first frame's lens, and the zoom of all [T,2], if it changes."""
+    if found.lens is None:
+        return None, None
+    if found.lens.ndim == 2 and len(found.lens) not in (1, len(order)):
+        raise ValueError(f"{found.where}: 'intrinsics' of {len(found.lens)} frames for {len(order)} poses")
+    lens = np.broadcast_to(found.lens, (len(order), 4))[order]
+    if (np.abs(lens[:, 2:] - 0.5) < 0.25).all() and (found.size is None or min(found.size) > 16):
+        width, height = found.size or (lens[0, 1] / lens[0, 0], 1)  # in shares of a picture, of square pixels
+        lens, found.size = lens * [width, height, width, height], (width, height)
+    if found.size is None and not (lens[:, 2:] > 0).all():
+        note(f"{found.where}: its camera (focal length {lens[0, 0]:g}, principal point 0) is none and not used")
+        return None, None
+    known = np.isfinite(lens[0, :2])
+    if not known.any() or not (lens[:, :2][:, known] > 0).all():
+        raise ValueError(f"{found.where}: focal length {lens[0, 0]:g}, expected a view of 1 to 179 degrees")
+    for side, length in zip(found.size or (2 * lens[0, 2], 2 * lens[0, 3]), lens[0, :2]):
+        if not (np.isnan(side) or np.isnan(length) or 0.0045 < length / side < 58):
+            raise ValueError(f"{found.where}: focal length {length:g} for {side:g} pixels, expected a view of 1 to 179"
+                             " degrees")
+    zoom = lens[:, :2] / lens[0, :2]
+    zoom = np.where(known, zoom, zoom[:, known][:, :1])
+    changes = np.abs(zoom - 1).max() > 1e-4
+    fx, fy, cx, cy = lens[0].tolist()
+    found.size = found.size and (float(found.size[0]), float(found.size[1]))
+    return (fx, fy, cx, cy), torch.from_numpy(zoom).float() if changes else None
 
 
-def read_colmap(folder: Path) -> CameraPath:
-    """A COLMAP text model: images.txt (world-to-camera, quaternion w x y z, two lines an image) in the order of the
-    names, and the field of view of the first image's camera if there is a cameras.txt with it."""
-    file, cameras, images, fov_x = folder / "images.txt", folder / "cameras.txt", [], None
-    if not file.is_file():
-        raise ValueError(f"{folder}: a folder without images.txt, expected COLMAP's text format")
-    lines = read_lines(file)
-    for (where, words), (_, points) in zip(lines[::2], [*lines[1::2], ("", [])]):  # the last line may be missing
-        if len(words) < 10 or len(points) % 3:
-            raise ValueError(f"{where}: expected ID, quaternion, translation, camera, NAME, and a line of points next")
-        images.append((" ".join(words[9:]), words[8], floats(words[1:8], where)))
-    images.sort()
-    rows = torch.tensor([row for *_, row in images], dtype=torch.float64).reshape(-1, 7)
-    c2w = check_poses(rigid(rows[:, :4], rows[:, 4:]), "w2c", f"{file} (sorted by name)")
-    for where, words in read_lines(cameras) if cameras.is_file() else []:
-        if words[:1] == [images[0][1]] and len(words) > 4:
-            width, _, focal = floats(words[2:5], where)  # the (x) focal length is every model's first parameter
-            fov_x = field_of_view(width, focal, where)
-    return CameraPath(c2w, fov_x=fov_x)
+def read(file: Path) -> Recording:
+    """By content: a folder, an archive or array of numpy, json, or text."""
+    if file.is_dir():
+        return from_folder(file)
+    with open(file, "rb") as stream:
+        begin = stream.read(512)
+    damaged = file.suffix.lower() in (".npy", ".npz") and not re.match(rb"\s*[\d#{\[-]", begin)
+    if begin[:2] == b"PK" or begin[:6] == b"\x93NUMPY" or damaged:
+        return from_arrays(file)
+    text = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return from_json(file) if text[:1] in (b"{", b"[") else from_text(file)
 
 
-def load_path(file: str | Path) -> CameraPath:
-    """A path by its suffix; a folder is a COLMAP model. Raises ValueError naming file and frame, OSError if missing."""
-    file = Path(file)
-    readers = {".json": read_json, ".npz": read_npz, ".txt": read_txt, "a folder": read_colmap}
-    kind = "a folder" if file.is_dir() else file.suffix.lower()
-    if kind not in readers:
-        raise ValueError(f"{file}: unknown camera path format {kind!r}, expected {', '.join(readers)}")
-    return readers[kind](file)
+def load_path(file: str | Path, fill: bool = True) -> CameraPath:
+    """A path from a file or a folder of any kind, or from keys ("worldplay:w-3,right-1"); missing frames are filled in
+    unless `fill` is False. Raises ValueError naming file and frame, OSError if it is missing."""
+    keys = str(file).partition(":")[0] in KEYS
+    return finish(from_keys(str(file)) if keys else read(Path(file)), fill)

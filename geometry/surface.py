@@ -18,6 +18,7 @@ from geometry.pi3x import Pi3X
 
 PATCH, PIXEL_LIMIT = 14, 255_000  # geometry maps have the input size of Pi3X
 MIN_CONFIDENCE = 0.1
+Lens = tuple[float, float, float, float]  # fx, fy, cx, cy
 
 
 class NoSurface(ValueError):
@@ -110,6 +111,14 @@ def pinhole(fov_x: float, height: int, width: int) -> Tensor:
     return torch.tensor([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
 
 
+def zoomed(K: Tensor, count: int, zoom: Tensor | None = None) -> Tensor:
+    """`K` [3,3] for each of `count` frames, with focal lengths `zoom` [count,2] times as long: [count,3,3]."""
+    result = K.cpu().repeat(count, 1, 1)
+    if zoom is not None:
+        result[:, [0, 1], [0, 1]] *= zoom
+    return result
+
+
 def stretch(K: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """`K` [...,3,3] of a picture of the `old` size (H, W) after it was resized to the `new` one."""
     factors = torch.tensor([new[1] / old[1], new[0] / old[0], 1.0])
@@ -150,6 +159,11 @@ def focal_from_rays(local_points: Tensor) -> Tensor:
     return intrinsics
 
 
+def with_lens(geometry: Geometry, K: Tensor) -> Geometry:
+    """The same depths, seen by a camera that is known to have another K, in pixels of the geometry's maps."""
+    return replace(geometry, K=K, points=unproject(geometry.depth, K, geometry.c2w))
+
+
 def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor | None = None,
                         limit: int = PIXEL_LIMIT) -> Geometry:
     """From `image` [1,3,H,W] in [-1,1], its `depth` [h,w] (unknown: not finite or not positive), `K` in its pixels. The
@@ -170,21 +184,37 @@ def geometry_from_depth(image: Tensor, depth: Tensor, K: Tensor, sharp: Tensor |
     return ensure_valid(Geometry(points, depth, torch.ones_like(depth), valid, K, c2w, rgb))
 
 
-def place(picture: Image, depth: Tensor | None, fov_x: float, size: tuple[int, int],
+def crop_lens(lens: float | Lens, picture: Image, size: tuple[int, int]) -> Tensor:
+    """K [3,3] at the video `size` of a picture centre-cropped to it, from its own `lens`: horizontal degrees, or fx,
+    fy, cx, cy in shares of its width and height."""
+    (rows, columns), (height, width) = kept_share(picture, size), size
+    if not isinstance(lens, tuple):
+        x = 0.5 / math.tan(math.radians(lens) / 2)
+        lens = x, x * picture.width / picture.height, 0.5, 0.5
+    fx, fy, cx, cy = lens
+    cx, cy = (cx - 0.5) / columns + 0.5, (cy - 0.5) / rows + 0.5
+    return torch.tensor([[fx / columns * width, 0, cx * width - 0.5], [0, fy / rows * height, cy * height - 0.5],
+                         [0, 0, 1]])
+
+
+def place(picture: Image, depth: Tensor | None, lens: float | Lens, size: tuple[int, int],
           device: torch.device | str = "cpu", limit: int = PIXEL_LIMIT) -> tuple[Tensor, Geometry]:
     """A picture centre-cropped to the video `size`, [1,3,H,W] in [-1,1], and its geometry.
 
-    `depth` [h,w] (None: a plane at depth 1) and the horizontal `fov_x` in degrees are those of the whole picture.
+    `depth` [h,w] (None: a plane at depth 1) and `lens`, as for `crop_lens`, are those of the whole picture. Raises
+    ValueError if the map has another shape, but for rounding to the blocks of a network.
     """
     image = fit_image(picture, size).to(device)
     rows, columns = kept_share(picture, size)
     depth = torch.ones(1, 1) if depth is None else depth
+    if depth.numel() > 1 and not 0.9 < depth.shape[1] / depth.shape[0] * picture.height / picture.width < 1.11:
+        raise ValueError(f"a depth map of {depth.shape[1]}x{depth.shape[0]} for a picture of {picture.width}x"
+                         f"{picture.height}: expected the same shape, upright, not padded and not cropped")
     top, left = (round(n * (1 - share) / 2) for n, share in zip(depth.shape, (rows, columns)))
     depth = depth[top : len(depth) - top, left : depth.shape[1] - left].to(device)
-    fov_x = 2 * math.degrees(math.atan(math.tan(math.radians(fov_x) / 2) * columns))
     factor = max(1, round(map_size(*size, limit)[0] / size[0]))  # 1 but for thumbnails
     sharp = fit_image(picture, (factor * size[0], factor * size[1])).to(device)
-    return image, geometry_from_depth(image, depth, pinhole(fov_x, *size), sharp, limit)
+    return image, geometry_from_depth(image, depth, crop_lens(lens, picture, size), sharp, limit)
 
 
 @torch.no_grad()

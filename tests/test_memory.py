@@ -351,7 +351,7 @@ def test_where_the_camera_stands(network, rollout, monkeypatch):
     """Later poses count from the last one of the warp before; a chunk without a warp leaves the camera there."""
     seen = []
 
-    def spy(geometries, poses, settings):
+    def spy(geometries, poses, settings, zoom):
         seen.append(poses)
         return render_keyframes(geometries, poses, settings)
 
@@ -380,7 +380,7 @@ def test_the_fallback_follows_the_alignment(network, rollout, monkeypatch):
         return [replace(each, valid=torch.zeros_like(each.valid), depth=each.depth * 2)
                 for each in estimate(network, images, limit)]
 
-    def spy(geometries, poses, settings):
+    def spy(geometries, poses, settings, zoom):
         rendered.extend(geometries)
         return render_keyframes(geometries, poses, settings)
 

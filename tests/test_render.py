@@ -21,6 +21,7 @@ from PIL import Image
 import memory
 import render
 from files import draw, media
+from files.depth import load_depth
 from geometry import camera, surface
 from geometry.camera import move_path
 from geometry.paths import load_path
@@ -316,7 +317,7 @@ def test_preview(tmp_path, capsys):
     video, mask = media.load_video(tmp_path / "w.mp4"), np.stack(list(media.read_mask(tmp_path / "w_mask.mp4")))
     assert video.shape == (12, 64, 96, 3) and mask.shape == (12, 64, 96)
     assert mask[0].min() > 0.98 and 0.2 < mask[-1].mean() < 0.98
-    _, source = surface.place(media.load_image(tmp_path / "in.png"), media.load_depth(tmp_path / "d.npy"), 70, (64, 96))
+    _, source = surface.place(media.load_image(tmp_path / "in.png"), load_depth(tmp_path / "d.npy"), 70, (64, 96))
     path = camera.scale_translation(load_path(tmp_path / "p.json").c2w, 0.1 * surface.median_depth(source))
     warp = render.render(source, camera.normalize(path, 12), (64, 96))
     difference = torch.from_numpy(video[-1]).permute(2, 0, 1) / 127.5 - 1 - warp.frames[0, :, -1]
@@ -372,7 +373,7 @@ def test_a_missing_argument_is_one_line(capsys):
     (["--move", "hold", "--size", "65x96"], "even"), (["--poses", "nowhere.npz"], "nowhere.npz"),
     (["--move", "hold", "--depth", "nowhere.npy"], "nowhere.npy"), (["--move", "hold", "--fov", "180"], "fov"),
     (["--move", "hold", "--frames", "0"], "frame"), (["--move", "hold", "--out", "/no/such/folder/w.mp4"], "folder"),
-    (["--move", "hold", "--out", "w.avi"], "mp4"), (["--move", ""], "unknown verb"), (["--poses", ""], "format"),
+    (["--move", "hold", "--out", "w.avi"], "mp4"), (["--move", ""], "unknown verb"), (["--poses", ""], "COLMAP"),
     (["--move", "hold", "--size", "999999x999999"], "8192"),
 ])  # fmt: skip
 def test_preview_errors(tmp_path, capsys, arguments, message):
@@ -388,7 +389,7 @@ def test_preview_errors(tmp_path, capsys, arguments, message):
 def fingerprint_of_frames() -> str:
     """Of depth, warp and keyframes of a demo picture, along a path that turns about every axis."""
     data = Path(render.__file__).parent / "data"
-    image, depth = media.load_image(data / "plaza.png"), media.load_depth(data / "plaza_depth.png")
+    image, depth = media.load_image(data / "plaza.png"), load_depth(data / "plaza_depth.png")
     _, geometry = surface.place(image, depth, 55, (64, 96))
     path = move_path("forward 3 + yaw 23 + up 1, orbit 31 + roll 4")[::8]
     poses = camera.normalize(camera.scale_translation(path, 0.1 * surface.median_depth(geometry)), len(path))

@@ -509,7 +509,7 @@ LED = ["--image", "image.png", "--move", "forward 1"]
     (LED + ["--set", "geometry=none.safetensors"], ["none.safetensors"]),
     (LED + ["--set", f"geometry={LORA}"], ["lora_prefix", "missing"]),
     (LED + PI3X + ["--set", "keyframes=0"], ["keyframes"]),
-    (["--image", "image.png", "--poses", "mask.npy"], ["mask.npy", ".json"]),
+    (["--image", "image.png", "--poses", "mask.npy"], ["mask.npy", "expected [T,4,4]"]),
     (LED + ["--set", "device=cuda:77"], ["cuda:77"]),
 ])
 def test_bad_words(capsys, place, words, parts):

@@ -31,8 +31,8 @@ from safetensors.torch import save
 
 from files.arrays import read_arrays
 from files.checkpoint import build, few, load, read_json_value
+from files.depth import load_depth
 from files.machine import host_memory
-from files.media import load_depth
 from geometry.paths import load_path
 from geometry.pi3x import load_pi3x
 from helios.flow import load_schedule

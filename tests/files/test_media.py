@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import PIL
 import pytest
-import torch
 from goldens import GEOMETRY, check, tensors
 from PIL import Image, ImageCms
 
 from files import media
+from files.depth import load_depth
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.full((32, 48, 3), 90, np.uint8)
@@ -70,7 +70,7 @@ def test_pictures_stand_upright(tmp_path, tag, suffix):
     assert loaded.shape == SMOOTH.shape and np.abs(loaded.astype(int) - SMOOTH).max() < 9
     if suffix == ".png":
         Image.fromarray(stored[..., 0].astype(np.uint16) + 1).save(tmp_path / "d.png", exif=exif)
-        assert np.array_equal(media.load_depth(tmp_path / "d.png"), SMOOTH[..., 0] + 1)
+        assert np.array_equal(load_depth(tmp_path / "d.png"), SMOOTH[..., 0] + 1)
 
 
 @pytest.mark.parametrize("mode, suffix", [("RGBA", ".png"), ("LA", ".png"), ("P", ".png"), ("RGBA", ".gif"), ("RGBA", ".webp"),
@@ -111,7 +111,7 @@ def test_colour_profiles(tmp_path, mode, capsys):
 
 def test_one_limit_of_pixels(tmp_path):
     Image.new("1", (8200, 8200)).save(tmp_path / "big.png")
-    for read in (media.load_image, media.load_depth, lambda path: next(media.read_frames(path))):
+    for read in (media.load_image, load_depth, lambda path: next(media.read_frames(path))):
         with pytest.raises(ValueError, match="big.png: a picture of more than 67,108,864 pixels"):
             read(tmp_path / "big.png")
     Image.new("1", (8192, 8192)).save(tmp_path / "just.png")
@@ -165,36 +165,6 @@ def test_frames_and_masks_in_one_folder(tmp_path, twin):
         Image.new("L", (8, 8)).save(tmp_path / name)
     with pytest.raises(ValueError, match="1 names with more than one picture, the first is '0'"):
         media.load_video(tmp_path)
-
-
-def test_depth_files(tmp_path):
-    depth = RNG.uniform(1, 9, (5, 7))
-    np.save(tmp_path / "d.npy", depth)
-    np.savez(tmp_path / "one.npz", anything=depth)
-    np.savez(tmp_path / "two.npz", other=depth + 1, depth=depth)
-    for name in ("d.npy", "one.npz", "two.npz"):
-        loaded = media.load_depth(tmp_path / name)
-        assert loaded.dtype == torch.float32 and np.array_equal(loaded, depth.astype(np.float32))
-    millimetres = (depth * 1000).astype(np.uint16)
-    Image.fromarray(millimetres).save(tmp_path / "d.png")
-    assert np.array_equal(media.load_depth(tmp_path / "d.png"), millimetres)
-
-
-def test_bad_depth_files(tmp_path):
-    arrays = {"flat": np.ones(3), "nothing": np.full((2, 2), np.nan), "text": np.array([["a"]]),
-              "object": np.array([[{}]])}
-    messages = {"flat": "height, width", "nothing": "finite and positive", "text": "numbers", "object": "plain numbers"}
-    for name, array in arrays.items():
-        np.save(tmp_path / f"{name}.npy", array)
-        with pytest.raises(ValueError, match=f"{name}.*{messages[name]}"):
-            media.load_depth(tmp_path / f"{name}.npy")
-    np.savez(tmp_path / "two.npz", a=np.ones((2, 2)), b=np.ones((2, 2)))
-    Image.fromarray(SMOOTH).save(tmp_path / "rgb.png")
-    (tmp_path / "empty.npy").write_bytes(b"")
-    for name, message in (("two.npz", "named 'depth'"), ("rgb.png", "16-bit"), ("empty.npy", "numpy"),
-                          ("no.npy", "no such")):
-        with pytest.raises(ValueError, match=f"{name}.*{message}"):
-            media.load_depth(tmp_path / name)
 
 
 def test_names_are_sorted_as_people_count(tmp_path):

@@ -43,8 +43,10 @@ def test_resample_is_slerp(turn, frames):
     ends = np.tile(np.eye(4), (2, 1, 1))
     ends[:, :3, :3] = turned((3, 1, 2), 100), turned((3, 1, 2), 100) @ turned(turn[:3], turn[3])
     ends[:, :3, 3] = (1, 2, 3), (4, -2, 3)
-    path = resample(CameraPath(torch.from_numpy(ends).float(), 24, 50, "meter"), frames)
-    assert (path.fps, path.fov_x, path.unit) == (24, 50, "meter") and path.c2w.dtype == torch.float32
+    zoom = torch.tensor([[1.0, 1.0], [3.0, 2.0]])
+    path = resample(CameraPath(torch.from_numpy(ends).float(), 24, "meter", zoom=zoom), frames)
+    assert (path.fps, path.unit) == (24, "meter") and path.c2w.dtype == torch.float32
+    check("Resampled path", path.zoom[:, 0], torch.linspace(1, 3, frames), 1e-6)
     expected = np.tile(np.eye(4), (frames, 1, 1))
     for pose, share in zip(expected, np.linspace(0, 1, frames)):
         pose[:3, :3] = ends[0, :3, :3] @ turned(turn[:3], share * turn[3])
@@ -127,6 +129,8 @@ def test_retime():
         timed, count, rate = camera.retime(path, frames, fps, True)
         assert (len(timed.c2w), count, rate) == (expected, expected, fps)
         assert torch.equal(timed.c2w[[0, -1]], path.c2w[[0, -1]])
+    with pytest.raises(ValueError, match="no rate of its own .*give --frames"):
+        camera.retime(replace(path, fps=None), None, 24.0, True)
     for frames, fps in ((0, None), (None, 0.5), (None, 1000.0)):
         with pytest.raises(ValueError, match="--frames 0" if frames == 0 else "--fps"):
             camera.retime(path, frames, fps, False)
@@ -240,3 +244,14 @@ def test_moves_end_where_they_say():
 def test_bad_moves(text, message):
     with pytest.raises(ValueError, match=message):
         move_path(text)
+
+
+def test_zoom_in_words():
+    """A factor of the focal length, reached smoothly, that the next chunk goes on from."""
+    path = camera.moves("forward 1 + zoom 1.5, hold, zoom 2")
+    check("Zoom", path.zoom[[0, 32, 65, 98], 0], torch.tensor([1, 1.5, 1.5, 3]), 1e-5)
+    assert torch.equal(path.c2w, move_path("forward 1, hold, hold")) and (path.zoom.diff(dim=0) >= 0).all()
+    assert camera.moves("forward 1").zoom is None
+    for text in ("zoom 0", "zoom -1", "zoom 100"):
+        with pytest.raises(ValueError, match="expected a factor from 0.02 to 50"):
+            camera.moves(text)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from known import C2W, Q, rotations, turned
 
 from geometry import camera
-from geometry.camera import CameraPath, describe, move_path
+from geometry.camera import CameraPath, describe, move_path, normalize, resolve_lens, unit_length
 from geometry.paths import load_path
 
 FOV, WIDTH, HEIGHT = 62.0, 640, 384
@@ -24,6 +25,7 @@ FLIP = np.diag([1.0, -1, -1, 1])  # OpenCV to OpenGL axes of the camera
 NAN = math.nan
 W2C = np.linalg.inv(C2W)
 Q_W2C = Q * [1, -1, -1, -1]
+PATHS = Path(__file__).parents[1] / "paths"
 
 
 def words(*values):
@@ -50,7 +52,8 @@ JSON = {
     "w2c": {"w2c": W2C.tolist(), "K": K, "size": [HEIGHT, WIDTH]},
     "nerfstudio": {"camera_model": "OPENCV", "fl_x": FOCAL, "fl_y": FOCAL, "w": WIDTH, "h": HEIGHT, "k1": 0.1,
                    "applied_transform": np.eye(4)[:3].tolist(), "ply_file_path": "x.ply",
-                   "frames": [{"file_path": f"{9 - i}.png", "transform_matrix": gl(p)} for i, p in enumerate(C2W)]},
+                   "frames": [{"file_path": f"{i}.png", "transform_matrix": gl(p)}
+                              for i, p in reversed(list(enumerate(C2W)))]},
     "nerfstudio, intrinsics in the frames": {"w": 99, "frames": [{"fl_x": FOCAL, "w": WIDTH, "transform_matrix": gl(p)}
                                                                  for p in C2W]},
     "instant-ngp": {"camera_angle_x": math.radians(FOV), "fl_x": FOCAL, "w": WIDTH, "aabb_scale": 16,
@@ -69,38 +72,78 @@ def save(folder, content):
 
 
 def same(path, fov_x=FOV, fps=None):
-    check("Pose files", path.c2w, torch.from_numpy(C2W), 1e-5)
-    assert path.c2w.dtype == torch.float32 and path.fps == fps and path.unit == "depth"
-    if fov_x is None:
-        assert path.fov_x is None
-    else:
-        check("Pose files, field of view", path.fov_x, fov_x, 1e-5)
+    """The known path, in any world; its field of view is that of a picture of the known size."""
+    wanted = torch.from_numpy(C2W)
+    check("Pose files", normalize(path.c2w.double(), len(path.c2w)), normalize(wanted, 12), 1e-5)
+    assert path.c2w.dtype == torch.float32 and path.unit == "depth" and path.zoom is None
+    assert path.c2w[0, :3, 3].abs().max() == 0
+    assert path.fps == fps if fps is None else abs(path.fps / fps - 1) < 1e-6
+    assert (path.lens is None) == (fov_x is None)
+    if fov_x is not None:
+        (fx, fy, cx, cy), _ = resolve_lens(path, WIDTH, HEIGHT)
+        check("Pose files, field of view", 2 * math.degrees(math.atan(0.5 / fx)), fov_x, 1e-5)
+        assert abs(fx * WIDTH / (fy * HEIGHT) - 1) < 1e-6 and abs(cx - 0.5) < 1e-6 and abs(cy - 0.5) < 1e-6
 
 
-@pytest.mark.parametrize("name, fov_x, fps", [
-    ("c2w.json", FOV, 24), ("w2c.json", FOV, None), ("transforms_nerfstudio.json", FOV, None), ("transforms_ngp.json", FOV, None),
-    ("nerfstudio_viewer.json", FOV, 24), ("hy_worldplay.json", FOV, None), ("official.npz", None, None), ("gen3c.npz", FOV, None),
-    ("vipe.npz", None, None), ("re10k.txt", FOV, None), ("tum.txt", None, None), ("kitti.txt", None, None), ("colmap", FOV, None),
-])
-def test_sample_files(name, fov_x, fps):
-    """The files in tests/paths, one of each format, hold the same path."""
-    same(load_path(Path(__file__).parents[1] / "paths" / name), fov_x, fps)
+FILES = {  # in tests/paths -> field of view and rate that they tell
+    "c2w.json": (FOV, 24), "w2c.json": (FOV, None), "list.json": (None, None), "columns.json": (None, None),
+    "extrinsics.json": (FOV, None), "transforms_nerfstudio.json": (FOV, None), "transforms_ngp.json": (FOV, None),
+    "blender.json": (FOV, None), "nerfstudio_viewer.json": (FOV, 24), "ns_export.json": (None, None),
+    "ngp_base_cam.json": (FOV, None), "open3d.json": (FOV, None), "gaussians.json": (FOV, None),
+    "record3d.json": (FOV, 30), "recammaster.json": (None, None), "official.npz": (None, None), "gen3c.npz": (FOV, None),
+    "vipe.npz": (None, None), "vggt.npz": (FOV, None), "megasam.npz": (FOV, None), "poses.npy": (None, None),
+    "sana/poses.npy": (FOV, None), "poses_bounds.npy": (FOV, None), "re10k.txt": (FOV, 1e6 / 33366),
+    "videoxfun18.txt": (FOV, None), "tum.txt": (None, 30), "w_first.tum": (None, 20), "euroc.csv": (None, 20),
+    "kitti.txt": (None, None), "kitti360.txt": (None, None), "replica.txt": (None, None), "blocks.txt": (None, None),
+    "open3d.log": (None, None), "arkitscenes.traj": (None, 10), "colmap": (FOV, None), "project": (FOV, None),
+    "polycam": (FOV, None), "sevenscenes": (None, None), "scannet": (None, None),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", JSON)
+@pytest.mark.parametrize("name", FILES)
+def test_sample_files(name):
+    """The files in tests/paths, one of each format, hold the same path; hy_worldplay.json has a test of its own."""
+    same(load_path(PATHS / name), *FILES[name])
+
+
+def test_every_sample_file_is_tested():
+    told = {name.split("/")[0] for name in FILES} | {"hy_worldplay.json"}
+    assert {file.name for file in PATHS.iterdir()} == told
+
+
+@pytest.mark.parametrize("name", ["w2c.json", "tum.txt", "vggt.npz", "poses_bounds.npy"])
+def test_the_suffix_says_nothing(tmp_path, name):
+    (tmp_path / "path.dat").write_bytes((PATHS / name).read_bytes())
+    same(load_path(tmp_path / "path.dat"), *FILES[name])
+
+
+def test_a_pose_a_latent_is_four_frames(tmp_path):
+    """Of HY-WorldPlay's and WBench's files: 4 n - 3 frames at 24 a second, every fourth of them a pose."""
+    for file in (PATHS / "hy_worldplay.json", save(tmp_path, JSON["worldplay"])):
+        path = load_path(file)
+        assert len(path.c2w) == 45
+        same(replace(path, c2w=path.c2w[::4]), FOV, 24)
+
+
+@pytest.mark.parametrize("name", [name for name in JSON if name != "worldplay"])
 def test_json(tmp_path, name):
     same(load_path(save(tmp_path, JSON[name])), None if name == "viewer, nested" else FOV, JSON[name].get("fps"))
 
 
-@pytest.mark.parametrize("name, fov_x", [("re10k.txt", FOV), ("tum.txt", None), ("kitti.txt", None)])
-def test_text(tmp_path, name, fov_x):
-    (tmp_path / name).write_text("\n".join(TABLE[name]) + "\n\n")
-    same(load_path(tmp_path / name), fov_x)
+@pytest.mark.parametrize("name", TABLE)
+def test_text(tmp_path, name):
+    """Blank lines, commas, carriage returns and a byte order mark change nothing."""
+    for lines in (TABLE[name], [line.replace(" ", ", ") + " " for line in TABLE[name]]):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*lines, "", ""]).encode())
+        same(load_path(tmp_path / name), *FILES[name])
 
 
 @pytest.mark.parametrize("arrays, fov_x", [
     ({"camera_poses": C2W[None].astype(np.float32)}, None), ({"camera_poses": C2W[:, :3]}, None),
     ({"w2c": W2C, "intrinsics": np.array([K] * 12)}, FOV), ({"w2c": W2C, "intrinsics": np.array(K)}, FOV),
+    ({"w2c": W2C}, None), ({"extrinsics": W2C[:, :3], "depth": np.ones((12, 384, 640)), "intrinsics": np.array([K] * 12)}, FOV),
+    ({"poses": C2W, "intrinsics": np.array([FOCAL / WIDTH, FOCAL / HEIGHT, 0.5, 0.5])}, FOV),  # in shares
+    ({"c2w": C2W, "intrinsics": np.eye(3)}, None),  # no camera: said, and not used
     ({"data": C2W[::-1], "inds": np.arange(12)[::-1] * 2}, None),
 ])  # fmt: skip
 def test_npz(tmp_path, arrays, fov_x):
@@ -166,7 +209,7 @@ def with_pose(index, change):
     ({"0": {"extrinsic": C2W[0].tolist()}, "2": {"extrinsic": C2W[0].tolist()}}, "frame 1: expected 'extrinsic'"),
     ({"0": {"extrinsic": C2W[0].tolist(), "K": [1, 2]}, "1": {"extrinsic": C2W[0].tolist()}}, "'K': expected a list"),
     ({"c2w": C2W.tolist(), "K": K}, "'size' of 'K': expected"),
-    ({"c2w": C2W.tolist(), "unit": "feet"}, "unit is 'feet', expected 'depth' or 'meter'"),
+    ({"c2w": C2W.tolist(), "unit": "feet"}, "unit 'feet': expected depth, meter, same"),
     ({"c2w": C2W.tolist(), "K": (np.array(K) * 1e-3).tolist(), "size": [HEIGHT, WIDTH]}, "view of 1 to 179 degrees"),
     ({"camera_path": [{"camera_to_world": gl(p), "fov": 50} for p in C2W]}, "aspect is None, expected"),
     ({"camera_path": [{"camera_to_world": gl(p), "fov": "50"} for p in C2W]}, "fov is '50', expected"),
@@ -214,9 +257,9 @@ def test_binary_text(tmp_path):
 
 @pytest.mark.parametrize("arrays, message", [
     ({"camera_poses": C2W, "data": C2W, "inds": np.arange(12)}, "more than one layout"),
-    ({"w2c": W2C}, "expected one of camera_poses, w2c . intrinsics"),
+    ({"words": W2C}, "no array of poses, found words; expected one of camera_poses"),
     ({"camera_poses": np.array(["x"])}, "numbers"), ({"w2c": W2C, "intrinsics": np.eye(4)}, "'intrinsics'"),
-    ({"w2c": W2C, "intrinsics": np.zeros((3, 3))}, "179"), ({"data": C2W, "inds": np.arange(5)}, "'inds': expected"),
+    ({"w2c": W2C, "intrinsics": [[-FOCAL, 0, 320], *K[1:]]}, "179"), ({"data": C2W, "inds": np.arange(5)}, "'inds': expected"),
     ({"data": np.ones((12, 4)), "inds": np.arange(12)}, "T,4,4"),
     ({"camera_poses": with_pose(3, lambda p: p * 1.2)}, "frame 3"), ({"camera_poses": np.float32(1)}, "T,4,4"),
 ])  # fmt: skip
@@ -231,7 +274,7 @@ def test_bad_folders(tmp_path):
     whole = file.read_text()
     for text, message in (("", "0 pose"), (whole.replace("\n\n", "\n"), "line 4: expected ID, .*next"),
                           (whole.replace(str(Q_W2C[2, 0]), "x"), "line .*'x'"),
-                          (whole.replace(str(Q_W2C[2, 0]), "5"), "frame 2: the rotation is not orthonormal")):
+                          (whole.replace(str(Q_W2C[2, 0]), "5"), "my frame002.jpg.: the rotation is not orthonormal")):
         file.write_text(text)
         refused(tmp_path, f"images.txt.*{message}")
     file.write_text(whole)
@@ -248,7 +291,9 @@ def test_every_convention_gives_the_same_path(tmp_path_factory, frames):
     for content in ({"c2w": poses.tolist()}, {"w2c": np.linalg.inv(poses).tolist()},
                     {"frames": [{"transform_matrix": gl(pose)} for pose in poses]}):
         loaded = load_path(save(tmp_path_factory.mktemp("path"), content))
-        check("Pose files", loaded.c2w, torch.from_numpy(poses), 1e-5)
+        wanted = torch.from_numpy(poses)
+        wanted[:, :3, 3] -= wanted[0, :3, 3].clone()
+        check("Pose files", loaded.c2w, wanted, 1e-5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -261,14 +306,14 @@ def test_inverse_and_file_round_trip(tmp_path_factory, move):
     file = tmp_path_factory.mktemp("path") / "poses.json"
     file.write_text(json.dumps({"c2w": path[:, :3].tolist(), "fps": 24, "fov_x": 60.5}))
     loaded = load_path(file)
-    assert torch.equal(loaded.c2w, path) and (loaded.fps, loaded.fov_x) == (24, 60.5)
+    assert torch.equal(loaded.c2w, path) and loaded.fps == 24 and abs(loaded.fov_x - 60.5) < 1e-9
 
 
 def test_official_path_file(tmp_path):
     path = move_path("forward 1")
     np.savez(tmp_path / "camera_poses.npz", camera_poses=path.numpy())
     loaded = load_path(tmp_path / "camera_poses.npz")
-    assert torch.equal(loaded.c2w, path) and loaded == CameraPath(loaded.c2w, None, None)
+    assert torch.equal(loaded.c2w, path) and (loaded.fps, loaded.lens, loaded.unit) == (None, None, "depth")
 
 
 STILL = move_path("hold").tolist()
@@ -286,8 +331,8 @@ def broken(frame, change):
     ({"c2w": broken(5, lambda p: torch.diag(torch.tensor([1, 1.1, 1, 1])) @ p)}, "frame 5: .* orthonormal"),
     ({"c2w": broken(6, lambda p: torch.diag(torch.tensor([1, -1.0, 1, 1])) @ p)}, "frame 6: .* reflection"),
     ({"c2w": move_path("hold")[:1].tolist()}, "1 pose"), ({"c2w": [[1, 2], [3]]}, "expected a list"),
-    ({"c2w": [[1, 2], [3, 4]]}, "expected"), ({"poses": []}, "the key 'c2w'"), ([], "the key 'c2w'"), ({"c2w": [[["1"]]]}, "expected"),
-    ({"c2w": broken(2, lambda p: p + 1e7 * torch.eye(4).roll(-1, 1))}, "frame 2: .*1e6"), ({"c2w": [10**400]}, "expected"),
+    ({"c2w": [[1, 2], [3, 4]]}, "expected"), ({"poses": []}, "'poses': expected a list"), ([], "the key 'c2w'"), ({"c2w": [[["1"]]]}, "expected"),
+    ({"c2w": broken(2, lambda p: p + 1e7 * torch.tensor([[0, 0, 0, 1.0], [0] * 4, [0] * 4, [0] * 4]))}, "frame 2: .*1e6"), ({"c2w": [10**400]}, "expected"),
     ({"c2w": STILL, "fps": -1}, "fps"), ({"c2w": STILL, "fps": 0}, "fps"), ({"c2w": STILL, "fov_x": 180}, "fov_x"),
     ({"c2w": STILL, "fps": "fast"}, "fps is 'fast'"), ({"c2w": []}, "expected"),
 ])  # fmt: skip
@@ -301,12 +346,251 @@ def test_bad_path_files(tmp_path, content, message):
 def test_unreadable_path_files(tmp_path):
     (tmp_path / "p.json").write_text("{")
     (tmp_path / "p.npz").write_bytes(b"nothing")
+    (tmp_path / "p.obj").write_text("v 1 2 3\n")
     np.savez(tmp_path / "other.npz", c2w=np.eye(4))
     np.savez(tmp_path / "pickle.npz", camera_poses=np.array([{}], dtype=object))
     for name, message in (("p.json", "not valid JSON"), ("p.npz", "not a readable numpy file"),
-                          ("p.obj", "unknown camera"), ("other.npz", "no array 'camera_poses', found c2w"),
+                          ("p.obj", "columns"), ("other.npz", r"'c2w': shape .4, 4., expected"),
                           ("pickle.npz", "plain numbers")):
         with pytest.raises(ValueError, match=message):
             load_path(tmp_path / name)
     with pytest.raises(OSError):
         load_path(tmp_path / "missing.json")
+
+
+# ---- what people's files have
+
+
+def transforms(poses, names=None, **keys):
+    frames = [{"transform_matrix": gl(pose)} | ({"file_path": names[i]} if names else {}) for i, pose in enumerate(poses)]
+    return {"frames": frames, **keys}
+
+
+def test_frames_are_in_the_order_of_their_names(tmp_path):
+    """1, 2, 10: as people count; a file of the same name twice tells no order."""
+    names = [f"images/{index}.png" for index in range(12)]
+    shuffled = sorted(range(12), key=lambda index: index * 7 % 12)
+    same(load_path(save(tmp_path, transforms(C2W[shuffled], [names[index] for index in shuffled]))), None)
+    path = load_path(save(tmp_path, transforms(C2W, ["x.png"] * 12)))
+    same(path, None)
+    assert path.names is None
+
+
+def test_colmap_names_without_zeros_and_blank_lines(tmp_path):
+    file = colmap(tmp_path) / "images.txt"
+    file.write_text(re.sub(r"my frame0*(\d+)", r"\1", file.read_text()) + "\n\n")
+    same(load_path(tmp_path))
+
+
+def test_a_rig_is_refused(tmp_path):
+    file = colmap(tmp_path) / "images.txt"
+    file.write_text(file.read_text().replace("my frame005", "left/005"))
+    refused(tmp_path, "several cameras, in , left")
+
+
+@pytest.mark.parametrize("content", [
+    transforms(C2W, camera_model="EQUIRECTANGULAR"), transforms(C2W, camera_model="OPENCV_FISHEYE"),
+    {"camera_type": "omnidirectional", "camera_path": [{"camera_to_world": gl(p)} for p in C2W]},
+])  # fmt: skip
+def test_cameras_that_are_no_pinholes(tmp_path, content):
+    refused(save(tmp_path, content), "a camera of type .*, expected a pinhole")
+
+
+def test_colmap_cameras(tmp_path):
+    file = colmap(tmp_path) / "cameras.txt"
+    whole = file.read_text()
+    file.write_text(whole.replace("7 OPENCV", "7 OPENCV_FISHEYE"))
+    refused(tmp_path, "OPENCV_FISHEYE, expected a pinhole")
+    file.write_text(whole.replace("7 OPENCV", "8 OPENCV"))
+    refused(tmp_path, "camera 7 is not in cameras.txt")
+
+
+def test_damaged_colmap_binary(tmp_path):
+    for name in ("cameras.bin", "images.bin"):
+        for other in ("cameras.bin", "images.bin"):
+            (tmp_path / other).write_bytes((PATHS / "project/sparse/0" / other).read_bytes())
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:60])
+        refused(tmp_path, f"{name}: not a readable COLMAP file")
+
+
+def lines_of(times, **row):
+    return [words(time, *c2w[:3, 3], *q[1:], q[0]) for time, c2w, q in zip(times, C2W, Q)]
+
+
+def write(folder, lines):
+    (folder / "poses.txt").write_text("\n".join(lines))
+    return folder / "poses.txt"
+
+
+def test_lines_are_in_the_order_of_time(tmp_path):
+    lines = lines_of(np.arange(12) / 30)
+    same(load_path(write(tmp_path, lines[6:] + lines[:6])), None, 30)
+
+
+@pytest.mark.parametrize("stamps, fps", [
+    (np.arange(12) / 25, 25), (np.arange(12.0), None), (np.zeros(12), None), (1e9 + np.arange(12) / 8, 8),
+    (np.arange(12) * 40_000.0, 25), (1.5e18 + np.arange(12) * 50_000_000, 20),
+])  # fmt: skip
+def test_time_stamps_tell_the_rate(tmp_path, stamps, fps):
+    """In seconds, micro- or nanoseconds; whole numbers from frame to frame, or none at all, tell none."""
+    same(load_path(write(tmp_path, lines_of(stamps))), None, fps)
+
+
+def test_missing_frames_come_back(tmp_path, capsys):
+    lines = lines_of(np.arange(12) / 30)
+    path = load_path(write(tmp_path, lines[:4] + lines[7:]))
+    assert len(path.c2w) == 12 and abs(path.fps - 30) < 1e-3
+    assert "3 frames are missing in time and filled in: 12 poses" in capsys.readouterr().err
+    wanted = torch.from_numpy(C2W)
+    wanted[:, :3, 3] -= wanted[0, :3, 3].clone()
+    kept = [0, 1, 2, 3, 7, 8, 9, 10, 11]
+    check("Pose files", path.c2w[kept], wanted[kept], 1e-5)
+    check("Pose files", path.c2w[5, :3, 3], (wanted[3, :3, 3] + wanted[7, :3, 3]) / 2, 1e-5)
+    assert len(load_path(tmp_path / "poses.txt", fill=False).c2w) == 9
+    np.savez(tmp_path / "poses.npz", data=C2W[kept], inds=np.array(kept) * 2)
+    assert len(load_path(tmp_path / "poses.npz").c2w) == 12
+
+
+def test_w_first(tmp_path):
+    """The order of a quaternion: as a header says, and asked for where the numbers make it likely."""
+    poses = [(np.eye(4), [1.0, 0, 0, 0]), *zip(C2W, Q)]
+    lines = [words(i / 30, *c2w[:3, 3], *q) for i, (c2w, q) in enumerate(poses)]
+    refused(write(tmp_path, lines), "first quaternion is 1 0 0 0.*say so in a line above: # timestamp tx ty tz qw")
+    path = load_path(write(tmp_path, ["# timestamp tx ty tz qw qx qy qz", *lines]))
+    check("Pose files", path.c2w[1:, :3, :3], torch.from_numpy(C2W[:, :3, :3]), 1e-5)
+
+
+def test_far_away_worlds(tmp_path):
+    """Centimeters at coordinates of millions are steps of centimeters, not of the grid of single precision."""
+    far = np.tile(np.eye(4), (5, 1, 1))
+    far[:, :3, 3] = [512345.678, 4431234.567, 87.5]
+    far[:, 1, 3] += 0.01 * np.arange(5)
+    for content in ({"c2w": far.tolist()}, transforms(far), {"w2c": np.linalg.inv(far).tolist()}):
+        path = load_path(save(tmp_path, content))
+        check("Pose files", path.c2w[:, :3, 3], torch.tensor([[0, 0.01 * i, 0] for i in range(5)]), 1e-8)
+
+
+@pytest.mark.parametrize("digits", [3, 2])
+def test_rounded_rotations(tmp_path, capsys, digits):
+    path = load_path(save(tmp_path, {"c2w": C2W.round(digits).tolist()}))
+    rotation = path.c2w[:, :3, :3].double()
+    check("Rounded rotations", rotation @ rotation.mT, torch.eye(3).expand(12, 3, 3), 1e-6)
+    check("Rounded rotations", rotation, torch.from_numpy(C2W[:, :3, :3]), 10.0**-digits)
+    assert "rotations are rounded" in capsys.readouterr().err
+
+
+def test_jumps_are_named(tmp_path, capsys):
+    poses = np.tile(np.eye(4), (33, 1, 1))
+    poses[:, 2, 3] = np.arange(33) * 0.1
+    load_path(save(tmp_path, {"c2w": poses.tolist()}))
+    assert capsys.readouterr().err == ""
+    poses[16, 0, 3] = 50
+    load_path(save(tmp_path, {"c2w": poses.tolist(), "fps": 24}))
+    assert "frame 16: the camera jumps, it moves 500 times as far" in capsys.readouterr().err
+
+
+ZOOM = 1 + np.arange(12) / 10
+
+
+@pytest.mark.parametrize("name", ["viewer", "transforms", "npz", "re10k", "colmap"])
+def test_zoom(tmp_path, name):
+    """The focal length of each frame, in every format that has it."""
+    focal = FOCAL * ZOOM
+    fov_y = np.degrees(2 * np.arctan(HEIGHT / 2 / focal))
+    if name == "viewer":
+        frames = [{"camera_to_world": gl(p), "fov": fov} for p, fov in zip(C2W, fov_y)]
+        file = save(tmp_path, {"camera_path": frames, "render_width": WIDTH, "render_height": HEIGHT})
+    elif name == "transforms":
+        content = transforms(C2W, w=WIDTH, h=HEIGHT)
+        for frame, length in zip(content["frames"], focal):
+            frame |= {"fl_x": length, "fl_y": length}
+        file = save(tmp_path, content)
+    elif name == "npz":
+        lenses = np.array([[[f, 0, WIDTH / 2], [0, f, HEIGHT / 2], [0, 0, 1]] for f in focal])
+        file = tmp_path / "poses.npz"
+        np.savez(file, w2c=W2C, intrinsics=lenses)
+    elif name == "re10k":
+        file = write(tmp_path, [f"{i} " + words(f / WIDTH, f / HEIGHT, 0.5, 0.5, 0, 0, *w2c[:3].ravel())
+                                for i, (f, w2c) in enumerate(zip(focal, W2C))])
+    else:
+        file = colmap(tmp_path)
+        cameras = [f"{i} PINHOLE {WIDTH} {HEIGHT} {f} {f} 320 192" for i, f in enumerate(focal)]
+        (file / "cameras.txt").write_text("\n".join(cameras))
+        text = (file / "images.txt").read_text()
+        (file / "images.txt").write_text(re.sub(r"7 my frame0*(\d+)", r"\1 my frame\1", text))
+    path = load_path(file)
+    check("Zoom", path.zoom, torch.from_numpy(np.stack([ZOOM, ZOOM], 1)), 1e-5)
+    same(replace(path, zoom=None), fps=path.fps)
+    assert "zoom 1 to 2.1" in describe(path)
+
+
+@pytest.mark.parametrize("keys, picture, expected", [
+    ({"fl_x": 256, "fl_y": 512, "w": 256, "h": 256}, (256, 256), (1, 2, 0.5, 0.5)),  # pixels that are not square
+    ({"fl_x": 320, "w": 640, "h": 384, "cx": 200, "cy": 192}, (640, 384), (0.5, 0.5 / 0.6, 200 / 640, 0.5)),
+    ({"fl_y": 192, "w": 640, "h": 384}, (640, 384), (0.3, 0.5, 0.5, 0.5)),
+    ({"camera_angle_y": math.pi / 2, "w": 640, "h": 384}, (640, 384), (0.3, 0.5, 0.5, 0.5)),
+    ({"camera_angle_y": math.pi / 2}, (640, 384), (0.3, 0.5, 0.5, 0.5)),
+    ({"fl_x": 320, "cx": 320, "cy": 192}, (1280, 768), (0.5, 0.5 / 0.6, 0.5, 0.5)),  # no size: the middle tells
+    ({"fl_x": 320, "cx": 100, "cy": 192}, (640, 384), (0.5, 0.5 / 0.6, 100 / 640, 0.5)),  # off it: the picture's pixels
+    ({"fl_x": 960, "fl_y": 960, "w": 1920, "h": 1080}, (500, 500), (0.5, 0.5, 0.5, 0.5)),  # another shape: horizontally
+    ({}, (640, 384), (0.9605, 1.6008, 0.5, 0.5)),  # nothing said: 55 degrees
+])  # fmt: skip
+def test_views(tmp_path, keys, picture, expected):
+    lens, said = resolve_lens(load_path(save(tmp_path, transforms(C2W, **keys))), *picture)
+    check("Pose files, views", torch.tensor(lens), torch.tensor(expected), 1e-4)
+    assert ("middle" in said) == (keys.get("cx") == 100 and "w" not in keys)
+    assert ("1.78 times as wide as high, this one is 1" in said) == (keys.get("w") == 1920)
+
+
+def test_the_users_view_counts():
+    path = CameraPath(torch.eye(4).repeat(2, 1, 1), lens=(1.0, 1.0, 0.5, 0.5), size=(1.0, 1.0))
+    check("Pose files, views", torch.tensor(resolve_lens(path, 200, 100, (90.0,))[0]), torch.tensor([0.5, 1, 0.5, 0.5]), 1e-6)
+    both = resolve_lens(path, 200, 100, (90.0, 90.0))[0]
+    check("Pose files, views", torch.tensor(both), torch.tensor([0.5, 0.5, 0.5, 0.5]), 1e-6)
+
+
+def test_width_and_height_the_wrong_way_round(tmp_path):
+    same(load_path(save(tmp_path, {"w2c": W2C.tolist(), "K": K, "size": [WIDTH, HEIGHT]})))
+
+
+def test_viewer_files_have_their_own_shape(tmp_path):
+    """nerfstudio's Blender add-on always writes aspect 1: the size of the rendering counts."""
+    frames = [{"camera_to_world": gl(p), "fov": math.degrees(2 * math.atan(HEIGHT / 2 / FOCAL)), "aspect": 1} for p in C2W]
+    content = {"camera_path": frames, "render_width": WIDTH, "render_height": HEIGHT}
+    same(load_path(save(tmp_path, content)))
+    for frame in frames:
+        del frame["aspect"]
+    same(load_path(save(tmp_path, content)))
+
+
+@pytest.mark.parametrize("unit, length", [
+    ("depth", 0.4), ("0.05depth", 0.2), ("same", 1), ("meter", 1), ("1000", 1000), ("1e-3", 0.001),
+])  # fmt: skip
+def test_units(tmp_path, unit, length):
+    assert abs(unit_length(unit, 4.0) - length) < 1e-12
+    number = float(unit) if unit[0] == "1" else unit
+    path = load_path(save(tmp_path, {"c2w": C2W.tolist(), "unit": number}))
+    assert abs(unit_length(path.unit, 4.0) - length) < 1e-12
+
+
+@pytest.mark.parametrize("unit", ["", "feet", "-1", "0", "nan", "depthdepth", "inf", "1m"])
+def test_bad_units(unit):
+    with pytest.raises(ValueError, match="expected depth, meter, same, a number"):
+        unit_length(unit, 4.0)
+
+
+def test_key_strings():
+    path = load_path("worldplay:w-3, right-1, wup-2")
+    assert len(path.c2w) == 25 and path.fps == 24  # 7 latents
+    check("Key strings", path.c2w[12, :3, 3], torch.tensor([0, 0, 0.24]), 1e-6)
+    check("Key strings", path.c2w[16, :3, :3], torch.from_numpy(turned((0, 1, 0), 3)), 1e-6)
+    assert path.c2w[24, 1, 3] < -0.001  # forward after looking up
+    path = load_path("sana:w-80,dw-40,none-3,j-4,i-10")
+    assert len(path.c2w) == 138 and path.fps == 16
+    check("Key strings", path.c2w[80, :3, 3], torch.tensor([0, 0, 2.0]), 1e-6)
+    check("Key strings", path.c2w[120, :3, :3], torch.from_numpy(turned((0, 1, 0), 24)), 1e-6)
+    check("Key strings", path.c2w[127, :3, 3] - path.c2w[123, :3, 3], -0.1 * path.c2w[120, :3, 0], 1e-6)
+    assert path.c2w[-1, 1, 2] < -0.1  # looks up
+    for text, message in (("worldplay:x-3", "'x-3', expected keys"), ("sana:w", "'w', expected"), ("sana:w-0", "'w-0'")):
+        with pytest.raises(ValueError, match=message):
+            load_path(text)

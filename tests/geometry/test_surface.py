@@ -3,12 +3,14 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from goldens import check
 from known import picture
 from PIL import Image
 
 from geometry import surface
+from render import render_frames
 
 
 def test_a_thumbnail_keeps_the_pictures_colours():
@@ -46,13 +48,45 @@ def test_depth_and_field_of_view_are_cropped_with_the_picture():
     of view of the whole picture narrows."""
     edge = np.zeros((100, 400, 3), np.uint8)
     edge[:, 170:] = 255
-    for rows, columns in ((100, 400), (50, 200), (10, 400)):
+    for rows, columns in ((100, 400), (50, 200), (24, 100)):
         depth = torch.ones(rows, columns)
         depth[:, round(columns * 170 / 400):] = 3
         _, geometry = surface.place(Image.fromarray(edge), depth, 90, (64, 128))
         color = geometry.rgb[200, :, 0] > 127
         place = (geometry.depth[200] > 2).int().argmax() - color.int().argmax()
-        assert abs(place) <= 4, f"{rows}x{columns}: {place} pixels apart of {len(color)}"
+        assert abs(place) <= 4 * max(1, 200 // columns), f"{rows}x{columns}: {place} pixels apart of {len(color)}"
     width = geometry.depth.shape[1]
     seen = 2 * math.degrees(math.atan(width / 2 / geometry.K[0, 0]))
     assert abs(seen - 2 * math.degrees(math.atan(0.5))) < 0.1  # half the width of 90 degrees
+
+
+def test_a_depth_map_of_another_shape_is_refused():
+    """Padded to a square, or upright for a picture on its side; rounding to the blocks of a network is no other shape."""
+    wide = Image.new("RGB", (320, 192))
+    for size in ((320, 320), (320, 192)):
+        with pytest.raises(ValueError, match="depth map of .* for a picture of 320x192: expected the same shape"):
+            surface.place(wide, torch.ones(size), 60, (48, 80))
+    for size in ((192, 320), (294, 518), (64, 112)):
+        surface.place(wide, torch.ones(size), 60, (48, 80))
+
+
+def test_both_axes_and_the_middle_of_a_lens():
+    """Pixels that are not square, and a principal point beside the middle, through the crop to the video."""
+    picture = Image.new("RGB", (400, 100))
+    K = surface.crop_lens((0.5, 2.0, 0.4, 0.5), picture, (64, 128))  # half the width is kept
+    check("Lens", K, torch.tensor([[128.0, 0, 0.3 * 128 - 0.5], [0, 128.0, 31.5], [0, 0, 1]]), 1e-4)
+    check("Lens", surface.crop_lens(90, picture, (100, 400)), surface.pinhole(90, 100, 400), 1e-4)
+
+
+def test_zoom_is_an_enlargement():
+    """Twice the focal length shows the middle of the picture, twice as large."""
+    image = Image.fromarray((np.indices((96, 160)).sum(0) % 97 * 2).astype(np.uint8)).convert("RGB")
+    _, geometry = surface.place(image, None, 60, (96, 160))
+    zoom = torch.tensor([[1.0, 1.0], [2.0, 2.0]])
+    poses = torch.eye(4).repeat(2, 1, 1)
+    intrinsics = surface.zoomed(geometry.K, 2, zoom)
+    _, (frame, visible) = render_frames(geometry, poses, intrinsics=intrinsics)
+    height, width = geometry.depth.shape
+    middle = geometry.rgb[height // 4 : -(height // 4), width // 4 : -(width // 4)].permute(2, 0, 1)[None].float()
+    large = surface.resize(middle, (height, width))[0].permute(1, 2, 0)
+    assert visible.float().mean() > 0.99 and (frame[visible] - large[visible]).abs().mean() < 6

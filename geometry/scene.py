@@ -1,0 +1,91 @@
+"""A picture and a path brought together: the path from files or words, the picture's lens, and the path's unit.
+
+What the user says counts before what the path's file says, and that before what the depth's file says.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from files.arrays import read_arrays
+from files.depth import load_depth
+from geometry.camera import CameraPath, moves, resolve_lens, square_lens, unit_length
+from geometry.paths import load_path
+from geometry.recording import pinhole_of
+from geometry.surface import PIXEL_LIMIT, Geometry, crop_lens, median_depth, place
+
+
+def read_path(poses: Path | None, words: str | None) -> CameraPath:
+    """From a file or a folder, or from words: moves, or keys in another program's dialect ("sana:w-80")."""
+    if words is None and poses is not None:
+        return load_path(poses)
+    return load_path(str(words)) if ":" in str(words) else moves(str(words))
+
+
+def known_lens(picture: Image, path: CameraPath, size: tuple[int, int],
+               fov: tuple[float, ...] | None) -> tuple[Tensor | None, str]:
+    """K [3,3] at the video `size` if the user or the path says it, and in words."""
+    if fov is None and path.lens is None:
+        return None, ""
+    lens, words = resolve_lens(path, picture.width, picture.height, fov)
+    return crop_lens(lens, picture, size), f", {words}"
+
+
+def depth_lens(path: str | Path | None, size: tuple[int, int]) -> dict:
+    """`lens` and `size` of a CameraPath, where an archive states them beside its depth: `fov` (horizontal degrees),
+    `focallength_px` of the map's `size` [h,w], or `intrinsics` in its pixels or in shares."""
+    arrays = {}
+    if path is not None and Path(path).read_bytes()[:2] == b"PK":
+        arrays = read_arrays(path)
+    height, width = size
+    if "fov" in arrays and np.asarray(arrays["fov"]).size == 1:
+        return square_lens(float(np.asarray(arrays["fov"]).item()))
+    if "focallength_px" in arrays:
+        focal = float(np.asarray(arrays["focallength_px"]).reshape(-1)[0])
+        return {"lens": (focal, focal, np.nan, np.nan), "size": (width, height)}
+    if "intrinsics" in arrays:
+        fx, fy, cx, cy = pinhole_of(np.asarray(arrays["intrinsics"]), str(path)).reshape(-1, 4)[0].tolist()
+        if 0 < cx < 1 and 0 < cy < 1:
+            fx, fy, cx, cy = fx * width, fy * height, cx * width, cy * height
+        if min(fx, fy, cx, cy) > 1:
+            return {"lens": (fx, fy, cx, cy), "size": (width, height)}
+    return {}
+
+
+def given_scene(picture: Image, path: CameraPath, depth: Path | None, size: tuple[int, int],
+                fov: tuple[float, ...] | None = None, inverse: bool = False, unit: str | None = None,
+                device: torch.device | str = "cpu", limit: int = PIXEL_LIMIT) -> tuple[Tensor, Geometry, float, str]:
+    """A picture on its depth map, or without one on a plane: the image [1,3,H,W], its geometry, the length of the
+    path's unit, and in words where it all comes from. Raises ValueError naming what doesn't fit."""
+    values = None if depth is None else load_depth(depth, inverse)
+    if path.lens is None and depth is not None and values is not None:
+        path = replace(path, **depth_lens(depth, (values.shape[0], values.shape[1])))
+    lens, words = resolve_lens(path, picture.width, picture.height, fov)
+    try:
+        image, geometry = place(picture, values, lens, size, device, limit)
+    except ValueError as error:
+        raise ValueError(f"{depth}: {error}") from None
+    source = depth or "neither Pi3X nor --depth, so the picture stands on a plane at depth 1"
+    return image, geometry, choose_unit(unit or path.unit, geometry, values), f"{source}, {words}"
+
+
+def choose_unit(unit: str, geometry: Geometry, depth: Tensor | None = None) -> float:
+    """Length of a path's unit in the geometry's. Meters are refused beside a depth map of large whole numbers."""
+    median = median_depth(geometry)
+    if unit == "meter" and depth is not None and median > 200 and bool((depth == depth.round()).all()):
+        raise ValueError(f"unit meter: the depth map has whole numbers around {median:.4g}, which are no meters; for"
+                         " millimeters the unit is 1000")
+    return unit_length(unit, median)
+
+
+def describe_visible(shares: Sequence[float], start: int = 0) -> str:
+    """How much of the frames, counted from `start`, shows what the picture knows."""
+    least = min(range(len(shares)), key=shares.__getitem__)
+    nothing = sum(share < 0.01 for share in shares)
+    words = f"visible: {100 * sum(shares) / len(shares):.3g} % of the pixels, least {100 * shares[least]:.3g} % in"
+    return f"{words} frame {start + least}" + (f"; {nothing} of {len(shares)} frames show nothing" if nothing else "")
