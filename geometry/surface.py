@@ -210,7 +210,7 @@ def place(picture: Image, depth: Tensor | None, lens: float | Lens, size: tuple[
     if depth.numel() > 1 and not 0.9 < depth.shape[1] / depth.shape[0] * picture.height / picture.width < 1.11:
         raise ValueError(f"a depth map of {depth.shape[1]}x{depth.shape[0]} for a picture of {picture.width}x"
                          f"{picture.height}: expected the same shape, upright, not padded and not cropped")
-    top, left = (round(n * (1 - share) / 2) for n, share in zip(depth.shape, (rows, columns)))
+    top, left = (min(round(n * (1 - share) / 2), (n - 1) // 2) for n, share in zip(depth.shape, (rows, columns)))
     depth = depth[top : len(depth) - top, left : depth.shape[1] - left].to(device)
     factor = max(1, round(map_size(*size, limit)[0] / size[0]))  # 1 but for thumbnails
     sharp = fit_image(picture, (factor * size[0], factor * size[1])).to(device)

@@ -90,3 +90,11 @@ def test_zoom_is_an_enlargement():
     middle = geometry.rgb[height // 4 : -(height // 4), width // 4 : -(width // 4)].permute(2, 0, 1)[None].float()
     large = surface.resize(middle, (height, width))[0].permute(1, 2, 0)
     assert visible.float().mean() > 0.99 and (frame[visible] - large[visible]).abs().mean() < 6
+
+
+@pytest.mark.parametrize("height, width", [(4000, 1), (1, 4000), (3000, 80)])
+def test_of_a_long_thin_picture_a_row_is_left(height, width):
+    """The crop to the video's shape keeps less than one row of the picture, or of its coarse depth map."""
+    depth = torch.full((height // 80, 1) if width == 80 else (height, width), 2.0)
+    _, geometry = surface.place(Image.new("RGB", (width, height)), depth, 60, (64, 96))
+    assert (geometry.depth == 2).all()
