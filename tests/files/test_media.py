@@ -109,6 +109,7 @@ def test_colour_profiles(tmp_path, mode, capsys):
         assert ("colour profile can't be used" in capsys.readouterr().err) == unfit
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest undoes what media.py does
 def test_one_limit_of_pixels(tmp_path):
     Image.new("1", (8200, 8200)).save(tmp_path / "big.png")
     for read in (media.load_image, load_depth, lambda path: next(media.read_frames(path))):
