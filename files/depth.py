@@ -49,7 +49,7 @@ def read_numbers(path: Path) -> np.ndarray:
 
 def known_depth(numbers: Tensor, where: object, inverse: bool = False, least: float = 0.5) -> Tensor:
     """A map [h,w] of z with 0 where it is unknown: what is not finite, not positive, or stands for the sky (1e9 and
-    more, the largest of 16 bits, a thousand times the near depths). With `inverse` the numbers are 1 / z and 0 is the
+    more, the largest of 16 bits, ten thousand times the near depths). With `inverse` the numbers are 1 / z and 0 is the
     sky. Raises ValueError if less than the share `least` is known but for the sky."""
     known = numbers.isfinite() & (numbers > 0)
     if not known.any() and least == 0:
@@ -61,7 +61,7 @@ def known_depth(numbers: Tensor, where: object, inverse: bool = False, least: fl
     if not inverse:
         values = numbers[known]
         near = values.kthvalue(1 + len(values) // 10).values
-        sky |= known & (numbers > 1000 * near)
+        sky |= known & (numbers > 10_000 * near)
         sky |= torch.isin(numbers, torch.tensor(SATURATED)) & (numbers == values.max()) & (numbers > 2 * near)
     share = (known | sky).float().mean().item()
     if share < least or least and not (known & ~sky).any():

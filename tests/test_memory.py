@@ -1,6 +1,7 @@
 """Keyframe memory against the official numbers, and the rules of a rollout: what is kept, where the camera stands."""
 
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -9,11 +10,14 @@ from goldens import GEOMETRY, check, check_frames, check_share, check_warp, conf
 
 import memory
 import render
+from files import media
 from geometry import surface
 from geometry.pi3x import Pi3XConfig, Prediction, load_pi3x
 from geometry.surface import Geometry, estimate
 from memory import Atlas, Memory, align_scale, depth_ratio, render_keyframes, smooth_focals
 from render import RenderSettings
+
+DATA = Path(render.__file__).parent / "data"
 
 SCENE, ROLLOUT = GEOMETRY / "keyframes_scene.safetensors", GEOMETRY / "camera_rollout.safetensors"
 FIELDS = {"points": "point_map_world", "depth": "depth_map", "confidence": "conf_map", "valid": "valid_mask",
@@ -397,3 +401,58 @@ def test_no_surface_names_the_problem(network, rollout):
     camera.reference = replace(camera.reference, depth=-camera.reference.depth)
     with pytest.raises(ValueError, match="no surface to render"):
         camera.warp(rollout["camera_poses"])
+
+
+# ---- zoom, and a lens that is known
+
+
+def test_zoom_of_a_given_geometry():
+    """The chunk's own focal lengths, relative to the picture's; a later chunk's too."""
+    _, geometry = surface.place(media.load_image(DATA / "plaza.png"), None, 60, (32, 48))
+    still, zoom = torch.eye(4).repeat(33, 1, 1), torch.linspace(1, 2, 33)[:, None].expand(-1, 2)
+    rolled = memory.Camera(geometry, (32, 48))
+    first, second = rolled.warp(still, zoom), rolled.warp(still, torch.full((33, 2), 2.0))
+    intrinsics = surface.zoomed(geometry.K, 33, zoom)
+    expected = render.render(geometry, still, (32, 48), intrinsics=intrinsics)
+    assert torch.equal(first.frames, expected.frames) and not torch.equal(first.frames[:, :, 32], first.frames[:, :, 0])
+    assert torch.equal(second.frames[:, :, 0], first.frames[:, :, 32])
+    plain = memory.Camera(geometry, (32, 48)).warp(still)
+    assert torch.equal(plain.frames[:, :, 5], plain.frames[:, :, 32])
+
+
+@pytest.mark.parametrize("K", [None, surface.pinhole(70, 64, 96)])
+@pytest.mark.parametrize("keyframes", [1, 3])
+def test_zoom_through_the_network(monkeypatch, keyframes, K):
+    """Each warp begins with the latest picture, seen with the focal length that the last one ended with; a known lens
+    is every keyframe's, but for its zoom."""
+    generator, size = torch.Generator().manual_seed(0), (64, 96)
+    image = torch.rand(1, 3, *size, generator=generator) * 2 - 1
+    _, plane = surface.place(media.load_image(DATA / "plaza.png"), None, 60, size)
+    seen, real = [], render.render_samples
+
+    def estimated(network, images, limit):
+        return [replace(plane, c2w=torch.eye(4)) for _ in images]
+
+    def spy(samples, source, poses, settings, intrinsics, *rest):
+        seen.append((source.K, intrinsics))
+        return real(samples, source, poses, settings, intrinsics, *rest)
+
+    monkeypatch.setattr(memory, "estimate", estimated)
+    monkeypatch.setattr(memory, "render_samples", spy)
+    monkeypatch.setattr(render, "render_samples", spy)
+    rollout = memory.Memory(lambda: None, image, size, keyframes=keyframes, K=K)
+    still = torch.eye(4).repeat(33, 1, 1)
+    rollout.warp(still, torch.linspace(1, 2, 33)[:, None].expand(-1, 2))
+    rollout.remember(image)
+    state = rollout.state()
+    again = memory.Memory(lambda: None, image, size, keyframes=keyframes, K=K)
+    again.restore(state)
+    for one in (rollout, again):
+        one.warp(still, torch.full((33, 2), 4.0))
+    own = plane.K if K is None else surface.stretch(K, size, tuple(plane.depth.shape))
+    check("Zoom", seen[0][1][:, 0, 0], own[0, 0] * torch.linspace(1, 2, 33), 1e-3)
+    for latest, intrinsics in seen[1:]:
+        if K is not None:
+            check("Zoom", latest[0, 0], own[0, 0] * 2, 1e-3)
+        assert torch.equal(intrinsics[0], latest)
+        check("Zoom", intrinsics[1:, 0, 0], latest[0, 0] * torch.full((33,), 2.0), 1e-3)

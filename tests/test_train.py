@@ -819,3 +819,31 @@ def test_memory_modes(place, capsys):
                            (["--overwrite", "--memory", "stream", "--set", "checkpointing=false"], "checkpointing=true")):
         assert train_on("clip.npy", "--out", "run", "--prompt", "a car", *words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_poses_and_depths_are_paired_with_frames_by_name(tmp_path, monkeypatch):
+    """A reconstruction lists its frames in any order, and perhaps more of them; a frame without a pose is named."""
+    monkeypatch.chdir(tmp_path)
+    c2w = torch.eye(4).repeat(35, 1, 1)
+    c2w[:, 0, 3] = torch.arange(35) / 50
+    Path("frames").mkdir()
+    for index in range(33):
+        Image.new("RGB", (96, 64), (7 * index, 0, 0)).save(f"frames/{index}.png")
+    flip = torch.diag(torch.tensor([1.0, -1, -1, 1]))
+    listed = [{"file_path": f"images/{i}.png", "transform_matrix": (c2w[i] @ flip).tolist()} for i in reversed(range(35))]
+    Path("transforms.json").write_text(json.dumps({"camera_angle_x": 1.0, "frames": listed}))
+    np.savez("depth.npz", depth=np.full((33, 8, 12), 2, np.float32) + np.arange(33)[:, None, None])
+    frames = torch.zeros(33, 3, 32, 48, dtype=torch.uint8)
+    where = tmp_path.joinpath
+    path = known_geometry(Path("frames"), Path("transforms.json"), Path("depth.npz"), frames, where)
+    made = Geometries(path, "cpu")
+    torch.testing.assert_close(made.c2w, c2w[:33])
+    assert (made[7].rgb[..., 0] == 49).all() and torch.allclose(made[7].depth, torch.tensor(9.0))
+    Path("transforms.json").write_text(json.dumps({"camera_angle_x": 1.0, "frames": listed[20:]}))
+    with pytest.raises(ValueError, match="transforms.json: nothing of that name for 18 frames, the first is 15.png"):
+        known_geometry(Path("frames"), Path("transforms.json"), Path("depth.npz"), frames, where)
+    listed[0]["fl_x"], listed[0]["w"] = 100, 96
+    zoomed = [frame | {"fl_x": 100 + i, "w": 96, "h": 64} for i, frame in enumerate(listed[2:])]
+    Path("transforms.json").write_text(json.dumps({"frames": zoomed}))
+    with pytest.raises(ValueError, match="the focal length changes on the way"):
+        known_geometry(Path("frames"), Path("transforms.json"), Path("depth.npz"), frames, where)
