@@ -24,17 +24,7 @@ from files.draw import contact_sheet, evenly_spaced, plan, save_ply, save_png
 from files.media import fit_image, load_image, resize_frame, to_u8
 from files.video import VideoWriter, try_encoder
 from files.writing import beside, replacing
-from geometry.camera import (
-    VERBS,
-    CameraPath,
-    describe,
-    hold,
-    inverse,
-    normalize,
-    product,
-    retime,
-    scale_translation,
-)
+from geometry.camera import VERBS, CameraPath, describe, hold, inverse, normalize, product, retime, scale_translation
 from geometry.pi3x import load_pi3x
 from geometry.scene import choose_unit, describe_visible, given_scene, known_lens, read_path
 from geometry.surface import (

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import sample
+import job
 from files.draw import save_ply
 from files.media import to_frames
 from files.video import write_video
@@ -41,9 +41,9 @@ class Studio:
     new."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.settings = args, sample.load_settings(args)
-        self.size = sample.choose_size(args)
-        self.lora = sample.choose_lora(args, self.settings)
+        self.args, self.settings = args, job.load_settings(args)
+        self.size = job.choose_size(args)
+        self.lora = job.choose_lora(args, self.settings)
         self.models = load_models(Helios, args.weights, self.settings.device, args.memory)
         self.worker = ThreadPoolExecutor(max_workers=1)
         self.folder = tempfile.TemporaryDirectory()  # of pictures that were sent
@@ -60,9 +60,9 @@ class Studio:
         words = argparse.Namespace(**{**vars(self.args), "image": image, "depth": depth})
         still = CameraPath(torch.eye(4).repeat(2, 1, 1))
 
-        def start() -> sample.Start:
-            file, pi3x = sample.open_pi3x(words, self.settings, 2 * WINDOW)
-            return sample.start_path(words, self.settings, self.size, still, file, pi3x)
+        def start() -> job.Start:
+            file, pi3x = job.open_pi3x(words, self.settings, 2 * WINDOW)
+            return job.start_path(words, self.settings, self.size, still, file, pi3x)
 
         self.first, self.start = start(), start
         self.worlds += 1  # so that pages notice
@@ -87,8 +87,8 @@ class Studio:
         """Another preset of settings; a new film, as the LoRA and the geometry may be others."""
         kept = [word for word in self.args.set if not word.startswith("preset=")]
         args = argparse.Namespace(**{**vars(self.args), "set": [*kept, f"preset={preset}"]})
-        settings = sample.load_settings(args)
-        lora = sample.choose_lora(args, settings)
+        settings = job.load_settings(args)
+        lora = job.choose_lora(args, settings)
         self.args, self.settings, self.lora = args, settings, lora
         self.forget()
         self.tell(f"preset {preset}")

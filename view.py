@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import job
 import sample
 from files.cli import run_program
 from geometry.camera import inverse, quaternion, rigid
@@ -76,7 +77,7 @@ class Page:
             self.prompt = gui.add_text("prompt", studio.prompt)
             self.prompt.on_update(lambda event: setattr(studio, "prompt", self.prompt.value))
             self.seed = gui.add_number("seed", studio.seed, min=0, step=1)
-            preset = gui.add_dropdown("preset", list(sample.PRESETS), initial_value=studio.settings.preset)
+            preset = gui.add_dropdown("preset", list(job.PRESETS), initial_value=studio.settings.preset)
             preset.on_update(lambda event: studio.submit(lambda: studio.prefer(preset.value)))
             self.seed.on_update(lambda event: setattr(studio, "seed", int(self.seed.value)))
         with gui.add_folder("Save"):

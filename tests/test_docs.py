@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import geometry.surface
+import job
 import sample
 import train
 from docs.refresh import PAGES, ROOT, refresh
@@ -20,7 +21,7 @@ from files.settings import parse_settings
 PAGES = [*PAGES, ROOT / "weights/README.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROGRAMS = "sample", "train", "view", "render", "bench", "mini.ablate", "mini.geometry", "mini.pretrain", "mini.world"
-SETTINGS = {"sample": sample.Settings(), "train": train.Recipe()}
+SETTINGS = {"sample": job.Settings(), "train": train.Recipe()}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

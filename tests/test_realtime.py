@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from files.checkpoint import on_meta
 from helios.load import load_models
+from job import load_settings
 from model import Helios, HeliosConfig, pool
-from sample import load_settings, main, parse
+from sample import main, parse
 from wah import BANDS, CHUNK, Options, pseudo_history
 
 GENERATOR = torch.Generator().manual_seed(5)

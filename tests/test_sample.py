@@ -26,9 +26,10 @@ from files.output import Output
 from geometry import surface
 from geometry.pi3x import load_pi3x
 from helios.load import load_models
+from job import start_video
 from mini.world import STILLS, caption, make_scene
 from render import Warp
-from sample import main, parse, pictures, start_video
+from sample import main, parse, pictures
 from wah import Chunk, Rollout
 
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
@@ -98,7 +99,7 @@ def test_frames_cut_the_output_alone(place):
 @pytest.mark.parametrize("words", [["--frames", "2"], ["--frames", "2", "--fps", "24", "--out", "a b.mp4"]])
 def test_the_encoder_is_tried_before_the_networks_are_loaded(place, monkeypatch, capsys, words):
     monkeypatch.setattr("av.codecs_available", {"h264"})
-    monkeypatch.setattr("sample.encode_prompts", None)  # would be called first
+    monkeypatch.setattr("sample.encode_each", None)  # would be called first
     before = set(place.iterdir())
     assert sample(*words) == 2
     assert "no encoder libx264" in capsys.readouterr().err and set(place.iterdir()) == before
@@ -116,7 +117,7 @@ def test_a_video_to_continue_is_resized_as_it_is_read(monkeypatch):
             del frame
             assert sum(each() is not None for each in alive) <= 1
 
-    monkeypatch.setattr("sample.read_frames", read_frames)
+    monkeypatch.setattr("job.read_frames", read_frames)
     video = start_video(Path("v.mp4"), SIZE).video
     assert video.shape == (1, 3, 40, *SIZE) and video.dtype == torch.uint8 and len(alive) == 40
     assert (video[0, 0, :, 0, 0] == torch.arange(40)).all()
@@ -191,7 +192,7 @@ def test_keyframes_are_the_weights_own(place, monkeypatch):
         seen.append(keyframes)
         raise ValueError("enough")
 
-    monkeypatch.setattr("sample.Memory", remember)
+    monkeypatch.setattr("job.Memory", remember)
     words = [*LED, *PI3X]
     assert sample(*words, weights=weights) == 2
     index = weights / "model_index.json"

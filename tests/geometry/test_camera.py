@@ -13,7 +13,7 @@ from known import C2W, rotations, turned
 
 from geometry import camera
 from geometry.camera import WINDOW, CameraPath, describe, move_path, resample
-from sample import pose_chunks
+from job import pose_chunks
 
 # ---- the arithmetic
 

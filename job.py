@@ -1,0 +1,287 @@
+"""What a run of sample.py is asked for, read and checked: settings, picture, camera, chunk by chunk what leads it.
+
+`prepare` reads everything but the networks, so that whatever is wrong is said in one line before the first work.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from files.checkpoint import build, weight_files
+from files.cli import parse_size
+from files.machine import check_device, default_device, network_dtype
+from files.media import fit_image, is_video, load_image, read_frames, read_mask, resize_frame
+from files.settings import parse_settings, require
+from geometry.camera import WINDOW, CameraPath, describe, retime
+from geometry.pi3x import Pi3X, find_pi3x, pi3x_source
+from geometry.scene import choose_unit, given_scene, known_lens, read_path
+from geometry.surface import PIXEL_LIMIT
+from helios.flow import load_schedule
+from helios.index import check_weights, read_index
+from helios.load import check_parts, find_lora, size_multiple
+from helios.lora import Lora, load_lora
+from memory import Camera, Memory
+from model import Helios
+from render import RenderSettings, Warp, make_warp
+from wah import Options, model_options
+
+PRESETS = {"official": {}, "realtime": {
+    "warp_band": "mid", "amplify_first_chunk": False, "threshold": 0.6, "warp_fill": "smooth", "samples": 2,
+    "geometry_pixels": 130_000}}  # and one step a stage
+
+
+@dataclass(frozen=True)
+class Settings(Options):
+    """What --set reaches: how to sample, and what a run seldom needs otherwise."""
+
+    prompt_blend: int = 1  # chunks that a switch of the prompt takes ("a street | a street at night"); Helios takes 3
+    preset: str = "official"  # or realtime: one word for the settings of `PRESETS`, each of which can still be set
+    samples: int = 4  # of the surface, along each side of its quads
+    geometry_pixels: int | None = None  # at most, in the maps of a picture's geometry; none: the official 255,000
+    geometry: Path | None = None  # Pi3X weights; none: Pi3X/model.safetensors in the weights' folder or beside it
+    # pictures that Pi3X sees at once, the first and the latest; none: 8, or the weights' own
+    keyframes: int | None = None
+    # the picture's horizontal degrees, or 60,38 with the vertical ones; none: the path file's, Pi3X's, or 55
+    fov: tuple[float, ...] | None = None
+    unit: str | None = None  # of the path: depth, 0.2depth, same, meter or a number (docs/paths.md); none: the file's
+    inverse_depth: bool = False  # --depth holds 1 / z, as relative depth networks give it
+    resample: bool = False  # stretches or squeezes the path to --frames or --fps, instead of cutting or holding it
+    check: bool = False  # measures seams, drift and, with Pi3X, the camera of the video: out_check.json
+    latents: Path | None = None  # also writes the latents (.safetensors, key `latents`)
+    compile: bool = False  # torch.compile the transformer: slow to begin, faster then
+    device: str = default_device()  # cpu, mps, cuda or cuda:N; none given: cuda if there is one
+
+    def __post_init__(self):
+        super().__post_init__()
+        latents = self.latents
+        require(
+            self,
+            ("preset", self.preset in PRESETS, " or ".join(PRESETS)),
+            ("prompt_blend", 1 <= self.prompt_blend <= 100, "from 1 to 100"),
+            ("samples", 1 <= self.samples <= 16, "from 1 to 16"),
+            ("geometry_pixels", 1000 <= (self.geometry_pixels or 1000) <= 10**7, "from 1000 to 10000000"),
+            ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
+            ("fov", self.fov is None or len(self.fov) < 3 and all(1 <= each <= 179 for each in self.fov),
+             "degrees from 1 to 179"),
+            ("latents", latents is None or latents.suffix == ".safetensors", "a file name that ends in .safetensors"),
+        )
+
+
+@dataclass(frozen=True)
+class Control:
+    """What leads a chunk: its poses [T, 4, 4], perhaps with their zoom [T, 2], or its warp, or nothing."""
+
+    poses: Tensor | None = None
+    warp: Warp | None = None
+    zoom: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a rollout starts from: an image [1, 3, H, W], with a camera or not, or a video [1, 3, T, H, W] uint8, or
+    nothing."""
+
+    image: Tensor | None = None
+    video: Tensor | None = None
+    camera: Camera | Memory | None = None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's inputs, all of them checked; the networks are still to come."""
+
+    settings: Settings
+    size: tuple[int, int]
+    frames: int
+    fps: float
+    start: Start
+    controls: Iterator[Control]  # chunk by chunk
+    led: bool  # by a warp, rendered or given
+    lora: Lora | None
+    path: CameraPath | None
+    pi3x_file: Path | None  # whose geometry leads, or checks the result
+    pi3x: Callable[[], Pi3X] | None
+
+    @property
+    def chunks(self) -> int:
+        return -(-self.frames // WINDOW)
+
+
+def pose_chunks(c2w: Tensor, frames: int, zoom: Tensor | None = None) -> Iterator[Control]:
+    """Poses by the chunk; the last pose holds to the end."""
+    for start in range(0, frames, WINDOW):
+        first = min(start, len(c2w) - 1)
+        yield Control(c2w[first:][:WINDOW], zoom=None if zoom is None else zoom[first:][:WINDOW])
+
+
+def warp_chunks(warp: Path, mask: Path | None, frames: int, size: tuple[int, int]) -> Iterator[Control]:
+    """Warps by the chunk, read as they are needed; the last frame holds to the end of the last chunk."""
+    pictures = (resize_frame(frame, size) for frame in read_frames(warp))  # at once: 33 of a large size are gigabytes
+    masks = None if mask is None else read_mask(mask)
+
+    def take(stream: Iterator[np.ndarray]) -> np.ndarray:
+        taken = list(islice(stream, WINDOW))  # also beyond `frames`, which cut the output alone
+        return np.stack(taken + taken[-1:] * (WINDOW - len(taken)))
+
+    for _ in range(0, frames, WINDOW):
+        yield Control(warp=make_warp(take(pictures), None if masks is None else take(masks), size))
+
+
+def count_warp(warp: Path, mask: Path | None, asked: int | None) -> int:
+    """Frames to make from a warp; the whole warp and mask are read once to be sure that they are there."""
+    there = sum(1 for _ in read_frames(warp))
+    masked = there if mask is None else sum(1 for _ in read_mask(mask))
+    if masked != there:
+        raise ValueError(f"{mask} has {masked} frames, expected {there} as {warp}")
+    if asked is not None and there < asked:
+        raise ValueError(f"{warp} has {there} frames, expected at least {asked} (--frames)")
+    return there if asked is None else asked
+
+
+def check(args: argparse.Namespace, settings: Settings) -> None:
+    """What can be said of the words alone."""
+    if args.frames is not None and args.frames < 1:
+        raise ValueError(f"--frames {args.frames}: expected at least 1")
+    if args.fps is not None and not 1 <= args.fps <= 240:
+        raise ValueError(f"--fps {args.fps:g}: expected a number from 1 to 240")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
+    if args.warp is not None and len(args.warp) > 2:
+        raise ValueError(f"--warp: {len(args.warp)} files, expected a warp, or a warp and its mask")
+    path = args.poses is not None or args.move is not None
+    if args.depth is not None and not path:
+        raise ValueError("--depth needs a camera path: --poses or --move")
+    if args.image is None and (path or args.warp is not None):
+        raise ValueError("a camera needs --image: the picture that it moves through")
+    check_settings(args, settings, path)
+    check_device(settings.device)
+
+
+def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> None:
+    """Settings that would do nothing in this run are refused."""
+    set_here = {word.partition("=")[0] for word in args.set}
+    needs = ({name: (path, "a camera path: --poses or --move") for name in
+              ("geometry", "keyframes", "fov", "unit", "resample", "samples",
+               "geometry_pixels")}
+             | {"inverse_depth": (args.depth is not None, "--depth")}
+             | {name: (path or args.warp is not None, "a camera: --poses, --move or --warp") for name in
+                ("align", "drop", "threshold", "warp_noise", "warp_sigma", "warp_band", "warp_fill", "previous",
+                 "mask_lag")})
+    for name in sorted(set_here & needs.keys()):
+        met, need = needs[name]
+        if not met:
+            raise ValueError(f"--set {name}: needs {need}")
+    if args.depth is not None:
+        for name in sorted(set_here & {"geometry", "keyframes"}):
+            if not (name == "geometry" and settings.check):
+                raise ValueError(f"--set {name}: Pi3X is not used beside --depth")
+
+
+def load_settings(args: argparse.Namespace) -> Settings:
+    """The words of --set over the official numbers for the weights."""
+    args.weights = check_weights(args.weights)
+    defaults = model_options(args.weights, Settings(samples=read_index(args.weights).samples))
+    named = [word.partition("=")[2] for word in args.set if word.startswith("preset=")]
+    if named and named[-1] == "realtime":
+        defaults = replace(defaults, steps=(1,) * len(defaults.steps), **PRESETS["realtime"])
+    return parse_settings(args.set, defaults)
+
+
+def choose_lora(args: argparse.Namespace, settings: Settings, led: bool = True) -> Lora | None:
+    file = find_lora(args.lora, args.weights, led, settings.warp_band)
+    lora = None if file is None else load_lora(file, settings.device, network_dtype(settings.device))
+    if lora is not None and lora.warp_band != settings.warp_band:
+        raise ValueError(f"--lora {file}: trained with the warp in the {lora.warp_band} band, this run has it in the"
+                         f" {settings.warp_band} band (--set warp_band={lora.warp_band})")
+    network = build(Helios, args.weights / "transformer")  # what does not fit is refused before weights are read
+    network.set_lora(lora)
+    check_parts(args.weights, network.config.in_channels, network.config.text_dim)
+    return lora
+
+
+def choose_size(args: argparse.Namespace) -> tuple[int, int]:
+    size = read_index(args.weights).size if args.size is None else parse_size(args.size)
+    multiple = size_multiple(load_schedule(args.weights))
+    if any(side % multiple for side in size):
+        raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
+    return size
+
+
+def open_pi3x(args: argparse.Namespace, settings: Settings,
+              frames: int) -> tuple[Path | None, Callable[[], Pi3X] | None]:
+    """The geometry network of a run along a path, where it is needed and there is one."""
+    file = find_pi3x(settings.geometry, args.weights)
+    if file is None or args.depth is not None and not settings.check:
+        return None, None
+    often = args.depth is None and frames > WINDOW
+    return file, pi3x_source(file, settings.device, weight_files(args.weights / "transformer"), often)
+
+
+def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, int], path: CameraPath, file: Path | None,
+               pi3x: Callable[[], Pi3X] | None) -> Start:
+    """The picture and the camera in its geometry; says where that comes from."""
+    picture = load_image(args.image)
+    rendering, limit = RenderSettings(settings.samples), settings.geometry_pixels
+    if args.depth is None and pi3x is not None:
+        image = fit_image(picture, size).to(settings.device)
+        keyframes = settings.keyframes or read_index(args.weights).keyframes
+        K, words = known_lens(picture, path, size, settings.fov)
+        camera = Memory(pi3x, image, size, rendering, keyframes=keyframes, limit=limit, K=K)
+        camera.unit = choose_unit(settings.unit or path.unit, camera.reference)
+        source = f"Pi3X of {file}{words}"
+    else:
+        if settings.keyframes is not None:
+            raise ValueError("--set keyframes: there is no Pi3X here")
+        image, geometry, unit, source = given_scene(picture, path, args.depth, size, settings.fov,
+                                                    settings.inverse_depth, settings.unit, settings.device,
+                                                    limit or PIXEL_LIMIT)
+        camera = Camera(geometry, size, unit, rendering)
+    print(f"geometry: {source}\ncamera: {describe(path)}; one unit of it is {camera.unit:.4g} of the geometry's")
+    return Start(image=image, camera=camera)
+
+
+def start_picture(path: Path, size: tuple[int, int]) -> Start:
+    """Without a camera: a picture that is stretched to `size`, or a video."""
+    return start_video(path, size) if is_video(path) else Start(fit_image(load_image(path), size, crop=False))
+
+
+def start_video(path: Path, size: tuple[int, int]) -> Start:
+    """Frames are resized as they are read: a long video of a large size would not fit in memory."""
+    frames = np.stack([resize_frame(frame, size) for frame in read_frames(path)])
+    if len(frames) < WINDOW:
+        raise ValueError(f"{path}: {len(frames)} frames, expected at least {WINDOW} of a video to be continued")
+    return Start(video=rearrange(torch.from_numpy(frames), "t h w c -> 1 c t h w"))
+
+
+def prepare(args: argparse.Namespace, settings: Settings) -> Job:
+    """Read and check all inputs but the networks; raises ValueError or OSError with one line."""
+    size = choose_size(args)
+    path = read_path(args.poses, args.move) if args.poses or args.move is not None else None
+    led = path is not None or args.warp is not None
+    lora = choose_lora(args, settings, led)
+    precision = str(network_dtype(settings.device)).removeprefix("torch.")
+    print(f"weights {args.weights}, LoRA {lora.source if lora else 'none'}, {settings.device} in {precision},"
+          f" seed {args.seed}, preset {settings.preset}")
+    frames, fps, file, pi3x = args.frames or WINDOW, args.fps or 16, None, None
+    start, controls = Start(), iter([])
+    if path is not None:
+        path, frames, fps = retime(path, args.frames, args.fps, settings.resample)
+        file, pi3x = open_pi3x(args, settings, frames)
+        start, controls = start_path(args, settings, size, path, file, pi3x), pose_chunks(path.c2w, frames, path.zoom)
+    elif args.warp is not None:
+        warp, mask = args.warp[0], args.warp[1] if len(args.warp) > 1 else None
+        frames = count_warp(warp, mask, args.frames)
+        start = Start(fit_image(load_image(args.image), size, crop=False))
+        controls = warp_chunks(warp, mask, frames, size)
+    elif args.image is not None:
+        start = start_picture(args.image, size)
+    if not led:
+        controls = (Control() for _ in range(-(-frames // WINDOW)))
+    return Job(settings, size, frames, fps, start, controls, led, lora, path, file, pi3x)
