@@ -2,7 +2,7 @@
 
 Helios (arXiv 2603.04379; diffusers' `HeliosTransformer3DModel`) denoises a chunk of 9 latent frames while attending to
 history tokens: a short band at full detail and a mid and a long band that are patchified more coarsely. Warp-as-History
-adds no layer to it. It only decides which latents enter the short band, which time indices their rotary embedding gets,
+adds no layer to it. It only decides which latents enter which band, which time indices their rotary embedding gets,
 and which of their tokens are dropped (`Band`, `History`; the decisions are made in wah.py).
 
 `Helios.context` and `Helios.text` prepare all that does not depend on the noisy latents, once per pyramid stage and
