@@ -141,7 +141,8 @@ def prompt_at(prompts: list[Prompts], chunk: int, blend: int = 1) -> Prompts:
     if all(each is seen[0] for each in seen):
         return seen[0]
     given = [name for name, value in vars(seen[0]).items() if value is not None]
-    return replace(seen[0], **{name: torch.stack([getattr(each, name) for each in seen]).mean(0) for name in given})
+    mixed = {name: torch.stack([getattr(each, name) for each in seen]).mean(0) for name in given}
+    return replace(seen[0], **mixed)
 
 
 # ------------------------------------------------------------------------------------------------ what lies beside them
