@@ -46,7 +46,7 @@ HIDDEN = {"thumbs.db", "desktop.ini"}  # and all that begin with a dot
 
 def natural_order(name: str | Path) -> list[str | int]:
     """The key that sorts names as people count: 2.png before 10.png."""
-    parts = re.split("([0-9]+)", str(name).casefold())
+    parts = re.split("([0-9]{1,300})", str(name).casefold())  # Python refuses to read more digits than 4300
     return [int(part) if index % 2 else part for index, part in enumerate(parts)]
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from files.checkpoint import read_json_value
 from files.media import natural_order
-from geometry.from_json import from_json, polycam, read_json
+from geometry.from_json import from_json, polycam
 from geometry.from_text import floats, from_text, read_lines
 from geometry.recording import Recording, refuse_lens, rigid_rows
 
@@ -23,6 +24,9 @@ def add_camera(cameras: Cameras, number: object, model: str, size: list[float], 
                where: str) -> None:
     refuse_lens(model, where)
     single = model.startswith(("SIMPLE", "RADIAL"))
+    if len(parameters) < 4 - single or not all(1 <= side <= 1e6 for side in size):
+        raise ValueError(f"{where}: {model}: size {size}, {len(parameters)} parameters, expected at least"
+                         f" {4 - single}, and sides from 1 to 1000000")
     fx, fy, cx, cy = parameters[:1] * single + parameters[: 4 - single]
     cameras[str(number)] = [fx, fy, cx, cy], (size[0], size[1])
 
@@ -65,7 +69,7 @@ def binary_model(folder: Path) -> tuple[Images, Cameras]:
             images.append((data[at + 64 : end].decode(errors="replace"), str(camera), pose))
             (points,) = struct.unpack_from("<Q", data, end + 1)
             at = end + 9 + 24 * points
-    except (struct.error, ValueError) as error:
+    except (struct.error, ValueError, OverflowError) as error:
         if str(file) in str(error):
             raise
         raise ValueError(f"{file}: not a readable COLMAP file ({error})") from None
@@ -97,7 +101,7 @@ def one_a_frame(folder: Path, files: list[Path]) -> Recording:
     """A folder with a file of one matrix for each frame: 7-Scenes, ScanNet (camera-to-world), or Polycam's json."""
     names = [file.stem for file in files]
     if files[0].suffix == ".json":
-        frames = [read_json(file) for file in files]
+        frames = [read_json_value(file) for file in files]
         return polycam([frame if isinstance(frame, dict) else {} for frame in frames], str(folder), names)
     parts = [from_text(file).poses for file in files]
     for file, part in zip(files, parts):

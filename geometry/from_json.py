@@ -1,6 +1,5 @@
 """Camera paths in json files, told by their keys: `JSON` is the table."""
 
-import json
 import re
 from collections.abc import Callable
 from itertools import count
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from files.checkpoint import read_json_value
 from geometry.recording import Recording, focal, number, numbers, pinhole_of, refuse_lens, rigid_rows
 
 NAN = np.nan
@@ -238,10 +238,11 @@ def polycam(frames: list[dict], where: str, names: list[str]) -> Recording:
     """A Polycam folder of keyframes, one json file each: ARKit's axes."""
     poses, views = [], []
     for frame, name in zip(frames, names):
-        rows = [[number(frame, f"t_{i}{j}", f"{where}/{name}", -1e9, 1e9) for j in range(4)] for i in range(3)]
+        place = f"{where}/{name}.json"
+        rows = [[number(frame, f"t_{i}{j}", place, -1e9, 1e9) for j in range(4)] for i in range(3)]
         poses.append([*rows, [0.0, 0.0, 0.0, 1.0]])
-        lens = [number(frame, key, name, 1, 1e6) if key in frame else NAN for key in ("fx", "fy", "cx", "cy")]
-        size = tuple(number(frame, key, name, 1, 1e6) if key in frame else NAN for key in ("width", "height"))
+        lens = [number(frame, key, place, 1, 1e6) if key in frame else NAN for key in ("fx", "fy", "cx", "cy")]
+        size = tuple(number(frame, key, place, 1, 1e6) if key in frame else NAN for key in ("width", "height"))
         views.append(None if np.isnan([lens[0], size[0]]).any() else (lens, size))
     lens, size = collect(views, where)
     return Recording(where, np.array(poses), "opengl", lens, size, names)
@@ -256,15 +257,8 @@ JSON: dict[str, Reader] = {  # the key that tells the format -> its reader
 LISTS: dict[str, Callable[[list, str, str], Recording]] = {"transform": exported, "position": gaussians}
 
 
-def read_json(file: Path) -> object:
-    try:
-        return json.loads(file.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from None
-
-
 def from_json(file: Path) -> Recording:
-    data = read_json(file)
+    data = read_json_value(file)
     if isinstance(data, list) and data:
         keys = [key for key in LISTS if all(isinstance(row, dict) and key in row for row in data)]
         if all(isinstance(row, list) for row in data):

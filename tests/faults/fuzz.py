@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+import shutil
 import struct
 import sys
 import tempfile
@@ -292,6 +293,19 @@ def check_colmap(file: Path) -> None:
     load_path(folder)
 
 
+def check_folder(file: Path) -> None:
+    """A folder of one kind or another, one of its files mutated; `file` has the seed."""
+    random = Random(file.read_bytes())
+    folder = random.choice([place for place in sorted(PATHS.iterdir()) if place.is_dir()])
+    copy = file.parent / "copy" / folder.name
+    shutil.rmtree(copy.parent, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    part = random.choice(sorted(path for path in copy.rglob("*") if path.is_file()))
+    mutation = {".npy": mutate_npy, ".json": mutate_json, ".txt": mutate_text}.get(part.suffix, mutate_bytes)
+    part.write_bytes(mutation(random, part.read_bytes()))
+    load_path(copy)
+
+
 POSES = np.tile(np.eye(4, dtype=np.float32), (4, 1, 1))
 # name -> suffix, files to begin with, mutation, reader
 READERS: dict[str, tuple[str, Callable[[], list[bytes]], Callable[[Random, bytes], bytes], Callable[[Path], Any]]] = {
@@ -321,8 +335,11 @@ READERS: dict[str, tuple[str, Callable[[], list[bytes]], Callable[[Random, bytes
                mutate_json, check_shards),
     "path json": (".json", lambda: in_paths(".json"), mutate_json, load_path),
     "path npz": (".npz", lambda: in_paths(".npz"), mutate_npz, load_path),
-    "path txt": (".txt", lambda: in_paths(".txt"), mutate_text, load_path),
+    "path npy": (".npy", lambda: in_paths(".npy"), mutate_npy, load_path),
+    "path txt": (".txt", lambda: in_paths(".txt") + in_paths(".csv") + in_paths(".tum") + in_paths(".log")
+                 + in_paths(".traj"), mutate_text, load_path),
     "colmap": (".txt", lambda: of("colmap/images.txt"), mutate_text, check_colmap),
+    "folders": (".seed", lambda: [b""], lambda random, data: random.randbytes(8), check_folder),
 }  # fmt: skip
 
 
@@ -376,5 +393,5 @@ if __name__ == "__main__":
         found, wrong = fuzz(reader, seconds=float(sys.argv[2]) if len(sys.argv) > 2 else 10,
                             seed=int(sys.argv[3]) if len(sys.argv) > 3 else 0)
         total += found
-        print(f"{reader:<14}{dict(found)}", few(wrong, 3), flush=True)
+        print(f"{reader:<14}{dict(found)}", few(wrong, 30), flush=True)
     print(f"{'all':<14}{dict(total)}")
