@@ -258,7 +258,7 @@ class Memory:
         geometries = estimate(self.load(), self.images, self.limit)
         if self.K is None:
             return geometries
-        Ks = [stretch(zoomed(self.K, 1, zoom[None])[0], self.size, tuple(geometry.depth.shape))
+        Ks = [stretch(zoomed(self.K, 1, zoom[None])[0], self.size, geometry.size)
               for geometry, zoom in zip(geometries, self.zooms)]
         return [with_lens(geometry, K) for geometry, K in zip(geometries, Ks)]
 

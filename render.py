@@ -357,7 +357,7 @@ def preview_geometry(args: argparse.Namespace, path: CameraPath,
     (geometry,) = estimate(load_pi3x(args.geometry), [fit_image(picture, size)])
     K, words = known_lens(picture, path, size, fov)
     if K is not None:
-        geometry = with_lens(geometry, stretch(K, size, tuple(geometry.depth.shape)))
+        geometry = with_lens(geometry, stretch(K, size, geometry.size))
     geometry = ensure_valid(geometry)
     return geometry, choose_unit(args.unit or path.unit, geometry), f"Pi3X of {args.geometry}{words}"
 

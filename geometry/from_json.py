@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -95,12 +96,12 @@ def plain(data: dict, key: str, where: str) -> Recording:
     matrices = data[key]
     if not isinstance(matrices, list) or not matrices:
         raise ValueError(f"{where}: expected a list of at least 2 poses")
+    found = Recording(where, matrix_rows(matrices, where), "w2c" if key in W2C else "c2w", **common(data, where))
     for name in ("intrinsics", "intrinsic"):
         if name in data:
             lens = pinhole_of(data[name], f"{where}: {name!r}")
-            return Recording(where, matrix_rows(matrices, where), "w2c" if key in W2C else "c2w",
-                             **common(data, where) | {"lens": lens})
-    return Recording(where, matrix_rows(matrices, where), "w2c" if key in W2C else "c2w", **common(data, where))
+            return replace(found, lens=lens)
+    return found
 
 
 def transforms(data: dict, key: str, where: str) -> Recording:
@@ -265,15 +266,16 @@ def from_json(file: Path) -> Recording:
             return bare(data, "", str(file))
         if keys:
             return LISTS[keys[0]](data, keys[0], str(file))
-    found = [key for key in JSON if key in data] if isinstance(data, dict) else []
+    table = data if isinstance(data, dict) else {}
+    found = [key for key in JSON if key in table]
     if len(found) != 1:
-        hint = "; this is one frame: give the folder of all" if isinstance(data, dict) and "t_00" in data else ""
+        hint = "; this is one frame: give the folder of all" if "t_00" in table else ""
         raise ValueError(f"{file}: expected exactly one of the key {', '.join(map(repr, JSON))}, found"
                          f" {' and '.join(found) or 'none'}{hint}")
     (key,) = found
     where = str(file) if key in ("0", "frame0") else f"{file}: {key!r}"
-    frames = data[key]
+    frames = table[key]
     if key in ("parameters", "path") and not (isinstance(frames, list) and frames
                                               and all(isinstance(frame, dict) for frame in frames)):
         raise ValueError(f"{where}: expected a list of at least 2 poses")
-    return JSON[key](data, key, where)
+    return JSON[key](table, key, where)

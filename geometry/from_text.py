@@ -64,7 +64,7 @@ def seconds(stamps: np.ndarray) -> tuple[np.ndarray | None, bool]:
 
 def tum(file: Path, rows: np.ndarray) -> Recording:
     """TUM's time, position, quaternion x y z w; another order, as EuRoC's, by a header."""
-    place = header_columns(file, rows.shape[1])
+    place: dict[str, int] = header_columns(file, rows.shape[1])
     if not place and rows.shape[1] > 8:
         place = dict(zip(("x", "y", "z", "qw", "qx", "qy", "qz"), range(1, 8)))  # EuRoC's 17 columns
     if not place:

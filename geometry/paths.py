@@ -36,12 +36,12 @@ def whole(poses: np.ndarray, name: Name) -> tuple[np.ndarray, list[str]]:
     if poses.shape[1] == 3:
         last = np.broadcast_to([0.0, 0, 0, 1], (len(poses), 1, 4))
         poses = np.concatenate([poses, last], axis=1)
-    for index in np.nonzero(~np.isfinite(poses).all(axis=(1, 2)))[0]:
+    for index in np.flatnonzero(~np.isfinite(poses).all(axis=(1, 2))).tolist():
         raise ValueError(f"{name(index)}: a number is not finite")
     off = np.abs(poses[:, 3] - [0, 0, 0, 1]).max(1) > 1e-5
     if off.any() and np.abs(poses[:, :, 3] - [0, 0, 0, 1]).max() <= 1e-5:
         return poses.transpose(0, 2, 1), ["the matrices are written column by column"]
-    for index in np.nonzero(off)[0]:
+    for index in np.flatnonzero(off).tolist():
         raise ValueError(f"{name(index)}: the last row is not 0 0 0 1")
     return poses, []
 
@@ -56,9 +56,9 @@ def straighten(poses: np.ndarray, convention: str, name: Name) -> tuple[np.ndarr
         poses[:, :3, : 4 if convention == "w2c" else 3] /= scale
     rotation = poses[:, :3, :3]
     error = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(axis=(1, 2))
-    for index in np.nonzero(error > 2e-2)[0]:
+    for index in np.flatnonzero(error > 2e-2).tolist():
         raise ValueError(f"{name(index)}: the rotation is not orthonormal to 0.02")
-    for index in np.nonzero(np.linalg.det(rotation) < 0)[0]:
+    for index in np.flatnonzero(np.linalg.det(rotation) < 0).tolist():
         raise ValueError(f"{name(index)}: the rotation is a reflection (determinant -1): a left-handed world?")
     if (rounded := error > 2e-4).any():
         u, _, vt = np.linalg.svd(rotation[rounded])
@@ -82,8 +82,8 @@ def order_of(found: Recording) -> np.ndarray:
     """By time, else by name, else as it is."""
     if found.times is not None:
         return found.times.argsort(kind="stable")
-    if found.names is not None:
-        return np.array(sorted(range(len(found.names)), key=lambda index: natural_order(found.names[index])), dtype=int)
+    if (names := found.names) is not None:
+        return np.array(sorted(range(len(names)), key=lambda index: natural_order(names[index])), dtype=int)
     return np.arange(len(found.poses))
 
 
@@ -131,7 +131,7 @@ def finish(found: Recording, fill: bool) -> CameraPath:
     poses, notes = straighten(poses, found.convention, name)
     order, c2w = order_of(found), to_c2w(poses, found.convention)
     c2w[:, :3, 3] -= c2w[order[0], :3, 3].copy()  # before single precision: the world's origin may be far away
-    for index in np.nonzero(~(np.abs(c2w) < 1e6).all(axis=(1, 2)))[0]:
+    for index in np.flatnonzero(~(np.abs(c2w) < 1e6).all(axis=(1, 2))).tolist():
         raise ValueError(f"{name(index)}: a number is beyond 1e6")
     lens, zoom = lens_of(found, order)
     names = tuple(found.names[index] for index in order) if found.names else None

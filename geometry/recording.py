@@ -42,7 +42,7 @@ def numbers(value: object, where: str, *shapes: tuple[int, ...]) -> np.ndarray:
 
 def number(data: dict, key: str, where: str, low: float, high: float) -> float:
     value = data.get(key)
-    if not (type(value) in (int, float) and low <= value <= high):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{where}: {key} is {repr(value)[:60]}, expected a number from {low} to {high}")
     return value
 
@@ -54,9 +54,9 @@ def focal(degrees: float) -> float:
 
 def pinhole_of(K: object, where: str) -> np.ndarray:
     """fx, fy, cx, cy of a matrix [3,3] or [T,3,3], or of such four numbers: [4] or [T,4]."""
-    K = numbers(K, where, (3, 3), (-1, 3, 3), (4,), (-1, 4), (1, -1, 3, 3))
-    K = K[0] if K.ndim == 4 else K
-    return K if K.shape[-1] == 4 else np.stack([K[..., 0, 0], K[..., 1, 1], K[..., 0, 2], K[..., 1, 2]], axis=-1)
+    k = numbers(K, where, (3, 3), (-1, 3, 3), (4,), (-1, 4), (1, -1, 3, 3))
+    k = k[0] if k.ndim == 4 else k
+    return k if k.shape[-1] == 4 else np.stack([k[..., 0, 0], k[..., 1, 1], k[..., 0, 2], k[..., 1, 2]], axis=-1)
 
 
 def refuse_lens(model: object, where: str) -> None:
