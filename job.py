@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from files.checkpoint import build, weight_files
-from files.cli import parse_size
+from files.cli import check_frames, parse_size
 from files.machine import check_device, default_device, network_dtype
 from files.media import fit_image, is_video, load_image, read_frames, read_mask, resize_frame
 from files.settings import parse_settings, require
@@ -147,8 +147,7 @@ def count_warp(warp: Path, mask: Path | None, asked: int | None) -> int:
 
 def check(args: argparse.Namespace, settings: Settings) -> None:
     """What can be said of the words alone."""
-    if args.frames is not None and args.frames < 1:
-        raise ValueError(f"--frames {args.frames}: expected at least 1")
+    check_frames(args.frames)
     if args.fps is not None and not 1 <= args.fps <= 240:
         raise ValueError(f"--fps {args.fps:g}: expected a number from 1 to 240")
     if not 0 <= args.seed < 2**63:

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from files.cli import existing, parse_size, run_program
+from files.cli import check_frames, existing, parse_size, run_program
 from files.draw import contact_sheet, evenly_spaced, plan, save_ply, save_png
 from files.media import fit_image, load_image, resize_frame, to_u8
 from files.video import VideoWriter, try_encoder
-from files.writing import beside, replacing
+from files.writing import beside, check_outputs, replacing
 from geometry.camera import VERBS, CameraPath, describe, hold, inverse, normalize, product, retime, scale_translation
 from geometry.pi3x import load_pi3x
 from geometry.scene import choose_unit, describe_visible, given_scene, known_lens, read_path
@@ -364,10 +364,13 @@ def preview_geometry(args: argparse.Namespace, path: CameraPath,
 
 def preview(args: argparse.Namespace) -> None:
     """Render the path that the arguments describe; write the warp, its mask, a contact sheet and a top view."""
-    size, path = parse_size(args.size), read_path(args.poses, args.move)
-    path, count, fps = retime(path, args.frames, args.fps, args.resample)
+    size = parse_size(args.size)
+    check_frames(args.frames)
     outputs = beside(args.out, mask="_mask.mp4", sheet="_sheet.png", path="_path.png", cloud="_cloud.ply")
     inputs = existing(args.image, args.poses, args.depth, args.geometry)
+    check_outputs(outputs, inputs)
+    path = read_path(args.poses, args.move)
+    path, count, fps = retime(path, args.frames, args.fps, args.resample)
     try_encoder(fps, size)
     geometry, unit, source = preview_geometry(args, path, size)
     poses = normalize(scale_translation(path.c2w, unit), count)

@@ -174,8 +174,8 @@ def name_files(args: argparse.Namespace, settings: Settings) -> tuple[dict[str, 
     lora = find_lora(args.lora, args.weights, led)
     inputs = existing(args.image, args.poses, args.depth, *(args.warp or ()), args.weights, geometry, lora)
     parts = parts_folder(args.out)
-    check_apart([parts], inputs)
     check_outputs(outputs, [*inputs, *([parts] if parts.is_dir() else [])])
+    check_apart([parts], inputs)
     return outputs, inputs
 
 

@@ -111,6 +111,8 @@ class Recipe(Choices):
         require(
             self,
             ("steps rank draws save_every max_history cache", min(whole) > 0, "at least 1"),
+            ("steps", self.steps <= 10**7, "at most 10^7"),
+            ("rank draws", max(self.rank, self.draws) <= 1024, "at most 1024"),
             ("lr scale clip", min(self.lr, self.scale, self.clip) > 0, "more than 0"),
             ("warmup weight_decay", min(self.warmup, self.weight_decay) >= 0, "at least 0"),
             ("reverse first future threshold final_lr", 0 <= min(shares) <= max(shares) <= 1, "from 0 to 1"),

@@ -31,12 +31,24 @@ WHAT_TO_DO = {
 }
 
 
+def what_to_do(error: OSError) -> str:
+    """What the system's error means for the user."""
+    return WHAT_TO_DO.get(error.errno or 0, error.strerror or str(error))
+
+
 def explain(error: Exception) -> str:
     """An error in one line; of the system's own ones: which file, and what to do."""
     if isinstance(error, OSError) and error.errno is not None:
-        where = f"{error.filename}: " if error.filename is not None else ""
-        return where + WHAT_TO_DO.get(error.errno, error.strerror or str(error))
+        return f"{'' if error.filename is None else f'{error.filename}: '}{what_to_do(error)}"
     return str(error)
+
+
+MAX_FRAMES = 10**6
+
+
+def check_frames(frames: int | None) -> None:
+    if frames is not None and not 1 <= frames <= MAX_FRAMES:
+        raise ValueError(f"--frames {frames}: expected a number from 1 to {MAX_FRAMES}")
 
 
 def run_program(name: str, program: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

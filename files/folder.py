@@ -8,6 +8,7 @@ the lock away when it dies. A folder without the mark that is not empty belongs 
 
 import errno
 import os
+import re
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -38,25 +39,37 @@ def lock(file: BinaryIO) -> bool:
     return True
 
 
+def remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def same_file(file: BinaryIO, path: Path) -> bool:
     return path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
 
 
 class Folder:
     """`with Folder(path, "train.py") as folder:`. Raises ValueError or OSError if it is someone else's, or another
-    process is at work there. When nothing but the mark is in it at the end, the folder goes again."""
+    process is at work there. When nothing but the mark is in it at the end, the mark goes, and with it the folders that
+    were made for it; if the folder is a `passing` one by its name, also one that a killed process made."""
 
-    def __init__(self, path: Path, program: str):
+    def __init__(self, path: Path, program: str, passing: bool = False):
+        self.passing = passing
         self.path, self.mark = path, path / MARK
         self.header = f"Made by Warp-as-History's {program}, format 1, which may remove what is named below.\n".encode()
         self.program = program
         self.names: list[str] = []  # of what was made here
+        self.before = self.begun = 0  # length of the list without and with this process
         self.done = False  # all that was to be made is whole, the rest is to go
-        self.ours = False  # the folder itself was made by a run
-        self.parents: list[Path] = []  # made for this folder by this process
+        self.made: list[Path] = []  # folders, the inner first
 
     def __enter__(self) -> "Folder":
-        self.file = self.take()
+        try:
+            self.file = self.take()
+        except BaseException:
+            remove_empty(self.made)
+            raise
         try:
             self.read()
             self.before = self.file.seek(0, os.SEEK_END)
@@ -64,7 +77,7 @@ class Folder:
             self.begun = self.file.tell()
             sweep(self.path / name for name in self.names)
         except BaseException:
-            self.file.close()
+            self.__exit__(None, None, None)
             raise
         return self
 
@@ -89,9 +102,8 @@ class Folder:
         while True:
             self.check()
             missing = [path for path in (self.path, *self.path.absolute().parents) if not path.exists()]
+            self.made = [path for path in self.made if path not in missing] + missing
             self.path.mkdir(parents=True, exist_ok=True)
-            self.parents += missing[1:]
-            self.ours = self.ours or bool(missing)
             file = open(self.mark, "a+b", buffering=0)
             if not lock(file):
                 words = [line.split() for line in self.mark.read_bytes().split(b"\n")]
@@ -111,13 +123,10 @@ class Folder:
         self.file.truncate(whole)
         if not whole:
             self.write_bytes(self.header)
-            if self.ours:
-                self.write("folder made")
         for line in content[len(self.header):whole].decode("utf-8", "replace").splitlines():
             word, _, name = line.partition(" ")
-            self.ours = self.ours or line == "folder made"
             self.done = self.done or line == "done"
-            if word == "file" and Path(name).name == name and name not in self.names:
+            if word == "file" and re.fullmatch(r"\w[\w.-]*", name) and name not in self.names:
                 self.names.append(name)
 
     def write_bytes(self, line: bytes) -> None:
@@ -159,21 +168,18 @@ class Folder:
         """`remove`, and forget."""
         self.remove()
         self.file.truncate(len(self.header))
-        if self.ours:
-            self.write("folder made")
         self.names.clear()
         self.done = False
 
     def __exit__(self, error_type, error, traceback) -> None:
+        file = self.file
         try:
             if [path.name for path in self.path.iterdir()] == [MARK]:
                 if sys.platform == "win32":  # where an open file can't be removed
-                    self.file.close()
+                    file.close()
                 self.mark.unlink()
-                for folder in [self.path, *self.parents] if self.ours else []:
-                    if not any(folder.iterdir()):
-                        folder.rmdir()
-            elif self.file.seek(0, os.SEEK_END) == self.begun:
-                self.file.truncate(self.before)  # as it was, where nothing came of it
+            elif file.seek(0, os.SEEK_END) == self.begun:
+                file.truncate(self.before)  # as it was, where nothing came of it
+            remove_empty([self.path, *self.made] if self.passing else self.made)
         finally:
-            self.file.close()
+            file.close()

@@ -20,11 +20,14 @@ from files.draw import contact_sheet, evenly_spaced
 from files.folder import STATE, Folder
 from files.state import check_same, pack_state, read_state
 from files.video import join_videos, write_video
-from files.writing import fingerprint, replacing, sync
+from files.writing import fingerprint, replacing
 
 
 def parts_folder(out: Path) -> Path:
     return out.with_name(f"{out.stem}_parts")
+
+
+VIDEO, WARP, LATENTS = "_video.mp4", "_warp.mp4", ".safetensors"  # endings of a chunk's pieces
 
 
 class Output:
@@ -32,7 +35,7 @@ class Output:
 
     def __init__(self, out: Path, resume: bool):
         self.out, self.resume = out, resume
-        self.folder = Folder(parts_folder(out), "sample.py")
+        self.folder = Folder(parts_folder(out), "sample.py", passing=True)
         self.state = self.folder.path / STATE
         self.counts: list[int] = []  # frames of each chunk that is whole
         self.pieces: dict[str, str] = {}  # their files and what these hold
@@ -93,27 +96,18 @@ class Output:
     def piece(self, index: int, ending: str) -> Path:
         return self.folder.path / f"{index:04d}{ending}"
 
-    def make(self, index: int, ending: str) -> Path:
-        """Where to write a piece; of a chunk that was cut off nothing is left."""
-        path = self.folder.claim(self.piece(index, ending).name)
-        path.unlink(missing_ok=True)
-        return path
-
     def add(self, rows: dict[str, np.ndarray], latents: Tensor, rollout: dict[str, Tensor]) -> None:
         """Write a chunk; it is whole when the state after it is there. `rows` are its result, and its warp and mask
         if there are any, [T, H, W, 3] uint8; `rollout` is the state to go on from."""
         index, begun = len(self.counts), self.count
         length = min(len(rows["result"]), self.frames - begun)
-        pieces = []
-        for row, name in (("result", "_video.mp4"), ("warp", "_warp.mp4")):
-            if row in rows:
-                pieces.append(self.make(index, name))
-                write_video(pieces[-1], rows[row][:length], self.fps)
-        pieces.append(self.make(index, ".safetensors"))
-        pieces[-1].write_bytes(save({"latents": latents.cpu()}))
-        for path in pieces:
-            sync(path)
-        there = self.pieces | {path.name: fingerprint(path) for path in pieces}
+        videos = {VIDEO: rows["result"]} | ({WARP: rows["warp"]} if "warp" in rows else {})
+        pieces = {ending: self.folder.claim(self.piece(index, ending).name) for ending in (*videos, LATENTS)}
+        with replacing(pieces) as files:
+            for ending, frames in videos.items():
+                write_video(files[ending], frames[:length], self.fps)
+            files[LATENTS].write_bytes(save({"latents": latents.cpu()}))
+        there = self.pieces | {path.name: fingerprint(path) for path in pieces.values()}
         here = [pick - begun for pick in self.picks if 0 <= pick - begun < length]
         tiles = {name: [*tiles, *(rows[name][pick].copy() for pick in here)] for name, tiles in self.tiles.items()}
         stacked = {f"tiles.{name}": torch.from_numpy(np.stack(each)) for name, each in tiles.items()}
@@ -131,7 +125,7 @@ class Output:
         """Those of all chunks, after those given in front."""
         parts = [given.cpu()]
         for index in range(len(self.counts)):
-            with open_safetensors(self.piece(index, ".safetensors")) as file:
+            with open_safetensors(self.piece(index, LATENTS)) as file:
                 parts.append(file.get_tensor("latents"))
         return torch.cat(parts, dim=2)
 

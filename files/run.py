@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from files.cli import what_to_do
 from files.draw import draw_curve, save_png
 from files.folder import STATE, Folder
 from files.state import check_same, pack, pack_state, read_state
@@ -88,7 +89,7 @@ class Run:
             with open(self.folder.claim(self.log.name), "a") as file:
                 file.write(json.dumps(metrics) + "\n")
         except OSError as error:
-            raise OSError(f"{self.log}: could not be written ({error.strerror}); {self.last()}") from None
+            raise OSError(f"{self.log}: could not be written ({what_to_do(error)}); {self.last()}") from None
 
     def save(self, step: int, state: dict[str, Tensor], lora: dict[str, Tensor], about: dict[str, str]) -> None:
         """LoRA (with what is said `about` it in its header), curve and state, each under another name until it is
@@ -102,7 +103,7 @@ class Run:
                 save_png(files["curve"], draw_curve([each["loss"] for each in self.metrics]))
                 files["state"].write_bytes(pack_state(state, header | more))
         except OSError as error:
-            raise OSError(f"{self.folder.path}: step {step} could not be saved ({error.strerror}); {self.last()}"
+            raise OSError(f"{self.folder.path}: step {step} could not be saved ({what_to_do(error)}); {self.last()}"
                           ) from None
         self.saved = step
 

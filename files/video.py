@@ -22,7 +22,7 @@ from av.error import FFmpegError
 from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
-from files.cli import note
+from files.cli import note, what_to_do
 
 MAX_PIXELS = 8192**2  # of one picture or frame: a small file never takes more than 1 GiB
 PQ, HLG, BT709 = 16, 18, 1  # numbers of ITU-T H.273
@@ -126,7 +126,7 @@ def named(path: Path | str) -> Iterator[None]:
     except (FFmpegError, OSError) as error:
         words = getattr(error, "log", None)
         words = words[2].strip() if words else error.strerror
-        raise OSError(f"{path}: the video could not be written ({words})") from None
+        raise OSError(f"{path}: the video could not be written ({words}); {what_to_do(error)}") from None
     finally:
         av.logging.set_level(None)
 

@@ -133,6 +133,10 @@ def replacing(outputs: dict[str, Path], inputs: Iterable[Path] = ()) -> Iterator
             sync(partial)
         for name, path in outputs.items():
             os.replace(partials[name], path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(next(iter(outputs.values())))) from None
     finally:
         for partial in partials.values():
             partial.unlink(missing_ok=True)

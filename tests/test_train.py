@@ -579,7 +579,7 @@ def test_disk_full(place, capsys, monkeypatch, name):
 
     monkeypatch.setattr(Path, "write_bytes", lambda path, content: full(path, write, content))
     monkeypatch.setattr("files.run.save_png", lambda path, image: full(path, draw, image))
-    refused(capsys, "clip.npy", ["--set", "save_every=1"], "run", "step 2", "No space left", "step 1 is safe")
+    refused(capsys, "clip.npy", ["--set", "save_every=1"], "run", "step 2", "no room is left", "step 1 is safe")
     assert {read(f"run/{each}.safetensors")[1]["step"] for each in ("state", "lora")} == {"1"}
     assert not [path for path in Path("run").iterdir() if path.name.startswith(".")]
     monkeypatch.undo()
