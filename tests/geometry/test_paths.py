@@ -594,3 +594,10 @@ def test_key_strings():
     for text, message in (("worldplay:x-3", "'x-3', expected keys"), ("sana:w", "'w', expected"), ("sana:w-0", "'w-0'")):
         with pytest.raises(ValueError, match=message):
             load_path(text)
+
+
+def test_the_rate_of_an_npz(tmp_path):
+    np.savez(tmp_path / "poses.npz", camera_poses=C2W, fps=24)
+    same(load_path(tmp_path / "poses.npz"), None, 24)
+    np.savez(tmp_path / "poses.npz", camera_poses=C2W, fps=1000)
+    refused(tmp_path / "poses.npz", "fps is 1000, expected a number from 1 to 240")
