@@ -49,8 +49,8 @@ DEMO = {
     "image": DATA / "plaza.png",
     "depth": DATA / "plaza_depth.png",
     "poses": DATA / "plaza.json",
-    "prompt": "a square with checked dark lime ground between houses, a checked orange ball, a yellow box, a striped"
-    " green ball, a marbled dark brown box, a gray box, a striped blue box",
+    "prompt": "a square with wooden brown ground between houses, a marbled teal lamp, a checked red ball, a leafy gray"
+    " ball, a marbled white ball, a checked dark lime box, a pink box",
 }
 
 

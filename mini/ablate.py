@@ -3,12 +3,12 @@
     python -m mini.ablate                     # weights/mini, 20 held-out scenes x 3 seeds, zero-shot and with its LoRA
 
 For scenes that training never saw, with their true later frames: image to video without a camera, with the warp as
-history but unaligned in time, aligned, and aligned without the tokens that nothing shows; each with warps whose holes
-are filled with the mean colour or black. Warps are exact (by the true depth of both frames, with occlusion), or made as
-`sample.py` does, from geometry that the small Pi3X sees in the first frame. Bounds: the warp itself, as it is and
-through the VAE, and the VAE's copy of the truth. Measured are PSNR and SSIM over all pixels and by visibility; the
-"ghost", the share of invisible pixels that show the mean colour; and the camera, from where the known scene would look
-most like the result (of the first seed, in two frames).
+history but unaligned in time, aligned, and aligned without the tokens that nothing shows. Holes of the warps are filled
+smoothly, which is ours, or as in the paper with the mean colour, or left black. Warps are exact (by the true depth of
+both frames, with occlusion), or made as `sample.py` does, from geometry that the small Pi3X sees in the first frame.
+Bounds: the warp itself, as it is and through the VAE, and the VAE's copy of the truth. Measured are PSNR and SSIM over
+all pixels and by visibility; the "ghost", the share of invisible pixels that show the mean colour; and the camera, from
+where the known scene would look most like the result (of the first seed, in two frames).
 """
 
 import argparse
@@ -43,7 +43,7 @@ from mini import world
 from mini.pretrain import HELD_OUT
 from mini.world import Clip, make_clip
 from model import Helios
-from render import Warp, render
+from render import Warp, render, smooth_fill
 from wah import Options, Rollout, model_options
 
 REGIONS = ("all", "visible", "invisible")
@@ -96,13 +96,15 @@ def make_scene(seed: int, pi3x: Pi3X | None, size: tuple[int, int]) -> Scene:
     black = exact_warp(clip)
     video = rearrange(clip.frames, "t h w c -> 1 c t h w") / 127.5 - 1
     mean = video[:, :, :1].mean((3, 4), keepdim=True)
-    warps = {"exact": fill(black, mean), "exact, black": black}
+    smooth = replace(black, frames=smooth_fill(black.frames, black.visible))
+    warps = {"smooth": smooth, "mean": fill(black, mean), "black": black}
     if pi3x is not None:
         geometry = ensure_valid(estimate(pi3x, [video[:, :, 0]])[0])
         known = clip.depth[0][clip.depth[0].isfinite()].median()
         poses = inverse(clip.c2w[:1]) @ clip.c2w
         poses[:, :3, 3] *= median_depth(geometry) / known  # the path in units of depth, as users give it
-        warps["estimated"] = render(geometry, poses, size)
+        warp = render(geometry, poses, size)
+        warps["estimated"] = replace(warp, frames=smooth_fill(warp.frames, warp.visible))
     return Scene(seed, clip, video, warps, black.visible > 0)
 
 
@@ -209,12 +211,13 @@ def variants(loras: list[Path], estimated: bool) -> dict[str, Way]:
     for number, lora in enumerate((None, *loras)):
         suffix = "" if lora is None else f", LoRA {lora.stem}"
         if number < 2:
-            table |= {f"not aligned, dropped{suffix}": ("exact", unaligned, lora),
-                      f"aligned{suffix}": ("exact", aligned, lora)}
-        table[f"aligned, dropped{suffix}"] = ("exact", dropped, lora)
+            table |= {f"not aligned, dropped{suffix}": ("smooth", unaligned, lora),
+                      f"aligned{suffix}": ("smooth", aligned, lora)}
+        table[f"aligned, dropped{suffix}"] = ("smooth", dropped, lora)
         if lora is None:
-            table |= {"aligned, black holes": ("exact, black", aligned, lora),
-                      "aligned, dropped, black holes": ("exact, black", dropped, lora)}
+            for filling, words in (("mean", "holes of the mean colour"), ("black", "black holes")):
+                table |= {f"aligned, {words}": (filling, aligned, lora),
+                          f"aligned, dropped, {words}": (filling, dropped, lora)}
         if estimated and number < 2:
             table[f"aligned, dropped, estimated geometry{suffix}"] = ("estimated", dropped, lora)
     return table
@@ -255,9 +258,10 @@ def judge(seed: int, args: argparse.Namespace) -> tuple[dict[str, list[dict]], d
     def through_vae(video: Tensor) -> list[Tensor]:
         return [models.vae.decode(models.vae.encode(video)[0])]
 
-    warp = scene.warps["exact"].frames
-    made = {"truth": [scene.video], "VAE of the truth": through_vae(scene.video), "copy the warp": [warp],
-            "VAE of the warp": through_vae(warp)}
+    made = {"truth": [scene.video], "VAE of the truth": through_vae(scene.video)}
+    for filling, words in (("mean", "holes of the mean colour"), ("smooth", "holes filled smoothly")):
+        warp = scene.warps[filling].frames
+        made |= {f"copy the warp, {words}": [warp], f"VAE of the warp, {words}": through_vae(warp)}
     for name, (source, changes, lora) in variants(args.lora, pi3x is not None).items():
         made[name] = [generate(models, prompts, scene, each, source, replace(defaults, **changes), loras.get(lora))
                       for each in range(args.seeds)]

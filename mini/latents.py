@@ -22,7 +22,7 @@ from geometry.camera import WINDOW
 from mini.world import make_clip
 
 CHUNKS, FRAMES = 3, 3 * WINDOW
-SIZE = 64, 96
+SIZE = 128, 192
 PART = 50  # clips in a file
 
 

@@ -37,18 +37,22 @@ from geometry.camera import WINDOW
 from helios.flow import Schedule, training_item
 from helios.text import Tokenizer, UMT5Config, UMT5Encoder, encode_prompt
 from helios.vae import VAE, VAEConfig
+from mini import coding
 from mini.latents import SIZE, Codec, fit_codec, load_codec, load_parts, make_parts, save_codec, symmetries
+from mini.leaves import make_leaves
 from mini.world import caption, make_clip, make_scene
 from model import Helios, HeliosConfig, History
 from wah import BANDS, pseudo_history
 
 SCHEDULE = Schedule(sampler="euler", stages=1, stage_range=(0, 1))
 HELIOS = HeliosConfig(num_attention_heads=4, attention_head_dim=48, num_layers=6, ffn_dim=512, text_dim=64,
-                      freq_dim=128, rope_dim=(16, 16, 16), rope_theta=100.0)
+                      freq_dim=128, rope_dim=(16, 16, 16), rope_theta=100.0, rope_scale=0.5)  # learned at half the size
 UMT5 = UMT5Config(vocab_size=640, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
 VAE_CONFIG = VAEConfig(base_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, latents_mean=(0.0,) * 16,
                        latents_std=(1.0,) * 16)
 STEM = "diffusion_pytorch_model"
+CROP = 96, 144  # of its pictures
+LEAVES = 0.25  # share of its clips that are dead leaves
 VAE_FRAMES = 29  # of a training clip: with few, what later frames remember of earlier ones is never learned
 TEXT_ROWS = 64  # of the prompt embeddings; the official pipelines pad to 512
 LORA = ["steps=250", "lr=1.5e-3", "decay=linear", "draws=4", "forms=12", "first=1", "atlas=false", "threshold=0.1"]
@@ -65,7 +69,7 @@ class Recipe:
     lr: float = 2e-3
     warmup: int = 100
     weight_decay: float = 0.01
-    average: float = 0.998  # of the weights that are kept beside the trained ones
+    average: float = 0.99  # of the weights that are kept beside the trained ones
     every: int = 200  # steps between checkpoints and validations
     half: bool = False  # autocast to bf16
 
@@ -73,7 +77,7 @@ class Recipe:
 def optimizers(network: nn.Module, recipe: Recipe) -> tuple[list[nn.Parameter], list[torch.optim.Optimizer]]:
     """The parameters in their order, and what steps them: Muon, at twice the learning rate, for the matrices and (as
     matrices: views of the same memory) the kernels of numbered layers, AdamW for everything else."""
-    trained, inner = dict(network.named_parameters()), []
+    trained, inner = {name: p for name, p in network.named_parameters() if p.requires_grad}, []
     for name, p in trained.items():
         if re.search(r"\.\d+\.", name) and p.ndim > 1 and p[0].numel() > 1 and not re.search("table|bias", name):
             trained[name] = nn.Parameter(p.data.flatten(1)) if p.ndim > 2 else p
@@ -126,7 +130,8 @@ def fit(network: nn.Module, accumulate: Callable[[nn.Module, int, int], float], 
     (trained, optims), start = optimizers(network, recipe), 0
     if path.is_file():
         start = load_state(path, network, averaged, optims)
-    parameters, begin, total = list(network.parameters()), time.perf_counter(), 0.0
+    parameters, kept = ([p for p in each.parameters() if p.requires_grad] for each in (network, averaged))
+    begin, total = time.perf_counter(), 0.0
     for step in range(start, recipe.steps):
         factor = min(1, (step + 1) / recipe.warmup, (recipe.steps - step) / recipe.decay)
         with torch.autocast("cpu", torch.bfloat16, enabled=recipe.half):
@@ -145,7 +150,7 @@ def fit(network: nn.Module, accumulate: Callable[[nn.Module, int, int], float], 
         network.zero_grad()
         with torch.no_grad():
             keep = min(recipe.average, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(averaged.parameters()), parameters, 1 - keep)
+            torch._foreach_lerp_(kept, parameters, 1 - keep)
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
             if rank == 0:
                 done = step + 1 - max(start, (step // recipe.every) * recipe.every)
@@ -238,19 +243,25 @@ def velocity_loss(generator: Generator, clips: Clips, batch: dict, u: Tensor, no
     return (transformer(item.latents, item.timestep, text, context) - item.target).square().mean()
 
 
-def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None) -> None:
+def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None, stretch: tuple[int, int] | None) -> None:
+    """`stretch`: from which step to which one rows and columns go from `HELIOS.rope_scale` to counting whole ones."""
     tokenizer = Tokenizer(folder / "spiece.model")
     clips = Clips(folder, tokenizer)
     held_out = clips.clips[:24], clips.captions[:24]
     clips.clips, clips.captions = clips.clips[24:], clips.captions[24:]
     torch.manual_seed(0)
-    generator = Generator()
+    generator, scale = Generator(), HELIOS.rope_scale
     generator.initialize()
     if start is not None:
         generator.transformer.load_state_dict(load_file(start / "transformer" / f"{STEM}.safetensors"))
         generator.text_encoder.load_state_dict(load_file(start / "text_encoder" / "model.safetensors"))
 
     def accumulate(network: Generator, step: int, rank: int) -> float:
+        nonlocal scale
+        if stretch is not None:
+            progress = min(max((step - stretch[0]) / (stretch[1] - stretch[0]), 0), 1)
+            scale = HELIOS.rope_scale + progress * (1 - HELIOS.rope_scale)
+        network.transformer.config = replace(HELIOS, rope_scale=scale)
         rng, draws = Random(step * 64 + rank), torch.Generator().manual_seed(step * 64 + rank)
         kind = rng.choices(("image", "continue", "text"), (0.5, 0.45, 0.05))[0]
         batch = clips.batch(rng, draws, size, kind)
@@ -263,6 +274,7 @@ def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None) -> No
     @torch.no_grad()
     def validate(network: Generator) -> dict:
         trained, losses = (clips.clips, clips.captions), {}
+        network.transformer.config = replace(HELIOS, rope_scale=scale)
         clips.clips, clips.captions = held_out
         for kind in ("image", "continue"):
             draws = torch.Generator().manual_seed(1)
@@ -270,7 +282,7 @@ def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None) -> No
             noise = torch.randn(batch["clean"].shape, generator=draws)
             losses[kind] = velocity_loss(network, clips, batch, (torch.arange(24) + 0.5) / 24, noise, True).item()
         clips.clips, clips.captions = trained
-        return losses
+        return losses | {"scale": scale}
 
     fit(generator, accumulate, validate, recipe, folder / "dit.safetensors")
 
@@ -278,20 +290,39 @@ def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None) -> No
 # ----------------------------------------------------------------------------------------------------------------- VAE
 
 
-def vae_losses(vae: VAE, codec: Codec, frames: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Squared error of the latents, smooth absolute and squared error of the pictures, of a clip [T, H, W, 3] uint8.
+def draw_clip(seed: int) -> Tensor:
+    """Frames [T, H, W, 3] uint8 of a part of the world's picture, or of dead leaves; recoloured, mirrored at random."""
+    rng = Random(seed)
+    flip, order = rng.choice(symmetries())
+    if rng.random() < LEAVES:
+        frames = make_leaves(seed, VAE_FRAMES, CROP)
+    else:
+        top, left = (rng.randint(0, side - part) for side, part in zip(SIZE, CROP))
+        frames = make_clip(seed, VAE_FRAMES, SIZE).frames[:, top : top + CROP[0], left : left + CROP[1]]
+    return (frames.flip(2) if flip else frames)[..., list(order)]
+
+
+def slope_error(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of the slopes along rows and columns: what a blurred picture lacks."""
+    return sum(((a - b).diff(dim=dim)).abs().mean() for dim in (-1, -2))
+
+
+def vae_losses(vae: VAE, codec: Codec, clips: Tensor, noise: Tensor, encoder: bool = True) -> tuple[Tensor, ...]:
+    """Of clips [B, T, H, W, 3] uint8: squared error of the latents (0 without the encoder), smooth absolute error of
+    the pictures, error of their slopes, and squared error.
 
     The decoder learns from the codec's latents with a little noise, as the transformer's will not be exact either."""
-    video = rearrange(frames, "t h w c -> 1 c t h w") / 127.5 - 1
-    latents = codec.encode(frames)[None]
-    noisy = vae.post_quant_conv(rearrange(latents + noise, "1 c t h w -> t c h w"))
-    decoded = torch.cat(list(vae.decoder(noisy.split(1))))  # not clamped: that has no gradient
-    wanted = rearrange(video, "1 c t h w -> t c h w")
-    return ((vae.encode(video)[0] - latents).square().mean(), F.smooth_l1_loss(decoded, wanted, beta=0.1),
-            (decoded.clamp(-1, 1) - wanted).square().mean())
+    video = rearrange(clips, "b t h w c -> b c t h w") / 127.5 - 1
+    with torch.autocast("cpu", enabled=False):
+        latents = codec.encode(clips)
+    latent = (coding.encode(vae, video).float() - latents).square().mean() if encoder else torch.zeros(())
+    decoded = coding.decode(vae, latents + noise).float()  # not clamped: that has no gradient
+    return (latent, F.smooth_l1_loss(decoded, video, beta=0.1), slope_error(decoded, video),
+            (decoded.clamp(-1, 1) - video).square().mean())
 
 
-def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None) -> None:
+def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None, encoder: bool) -> None:
+    """With its `encoder`, or the decoder alone, which is the weaker half: the encoder's latents are soon exact."""
     codec = load_codec(folder / "codec.safetensors")
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG)
@@ -299,24 +330,28 @@ def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None) -> No
         vae.quant_conv.weight[VAE_CONFIG.z_dim :], vae.quant_conv.bias[VAE_CONFIG.z_dim :] = 0, -30
     if start is not None:
         vae.load_state_dict(load_file(start / "vae" / f"{STEM}.safetensors"))
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(encoder)
 
     def accumulate(network: VAE, step: int, rank: int) -> float:
-        draws, total = torch.Generator().manual_seed(step * 64 + rank), 0.0
-        for index in range(size):
-            clip = make_clip(HELD_OUT // 2 + (step * 64 + rank) * size + index, VAE_FRAMES, SIZE)
-            shape = 1, 16, 1 + VAE_FRAMES // 4, SIZE[0] // 8, SIZE[1] // 8
-            noise = 0.1 * torch.rand(1, generator=draws) * torch.randn(shape, generator=draws)
-            latent, picture, _ = vae_losses(network, codec, clip.frames, noise)
-            loss = (latent + 4 * picture) / size
-            loss.backward()
-            total += loss.item()
-        return total
+        first, draws = (step * 64 + rank) * size, torch.Generator().manual_seed(step * 64 + rank)
+        clips = torch.stack([draw_clip(HELD_OUT // 2 + first + index) for index in range(size)])
+        shape = size, 16, 1 + VAE_FRAMES // 4, CROP[0] // 8, CROP[1] // 8
+        noise = 0.1 * torch.rand(size, 1, 1, 1, 1, generator=draws) * torch.randn(shape, generator=draws)
+        latent, picture, slopes, _ = vae_losses(network, codec, clips, noise, encoder)
+        loss = latent + 4 * picture + slopes
+        loss.backward()
+        return loss.item()
 
     @torch.no_grad()
     def validate(network: VAE) -> dict:
         clips = [make_clip(HELD_OUT + 500 + index, WINDOW, SIZE).frames for index in range(6)]
-        latent, _, square = torch.tensor([vae_losses(network, codec, clip, torch.zeros(1)) for clip in clips]).mean(0)
-        return {"latent": latent.item(), "psnr": 10 * math.log10(4 / square.item())}
+        leaves = [make_leaves(HELD_OUT + index, WINDOW, SIZE) for index in range(3)]
+        rows = [torch.stack(vae_losses(network, codec, clip[None], torch.zeros(1), encoder)) for clip in clips + leaves]
+        decibels = [-10 * math.log10(row[3] / 4) for row in rows]
+        latent, slopes = (torch.stack(rows[:6])[:, index].mean().item() for index in (0, 2))
+        psnr, other = sum(decibels[:6]) / 6, sum(decibels[6:]) / 3
+        return {"latent": latent, "slopes": slopes, "psnr": psnr, "psnr, leaves": other}
 
     fit(vae, accumulate, validate, recipe, folder / "vae.safetensors")
 
@@ -359,7 +394,8 @@ def export(folder: Path, target: Path) -> None:
                  "stage_range": SCHEDULE.stage_range}
     (target / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler, indent=1) + "\n")
     index = {"_class_name": "HeliosPipeline", "is_distilled": False, "num_inference_steps": 4, "guidance_scale": 1.0,
-             "max_sequence_length": TEXT_ROWS, "height": SIZE[0], "width": SIZE[1], "keyframes": 1, "train": LORA}
+             "max_sequence_length": TEXT_ROWS, "height": SIZE[0], "width": SIZE[1], "keyframes": 1,
+             "warp_fill": "smooth", "samples": 2, "train": LORA}
     index |= {"scheduler": ["diffusers", "HeliosScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
               "tokenizer": ["transformers", "T5Tokenizer"], "vae": ["diffusers", "AutoencoderKLWan"],
               "transformer": ["diffusers", "HeliosTransformer3DModel"]}
@@ -376,6 +412,9 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--half", action="store_true", help="compute in bf16: faster where a CPU has avx512_bf16")
+    parser.add_argument("--stretch", type=int, nargs=2, metavar=("FROM", "TO"), help="dit: steps between which the"
+                        " positions of rows and columns, counted in halves until then, are stretched to whole ones")
+    parser.add_argument("--encoder", action="store_true", help="vae: train the encoder too, not the decoder alone")
     parser.add_argument("--start", type=Path, help="an export, whose codec, tokenizer or weights to begin with")
     parser.add_argument("--target", type=Path, default=Path("weights/mini"), help="export: where to")
     args = parser.parse_args()
@@ -393,8 +432,10 @@ def main() -> None:
         make_parts(load_codec(codec), args.folder, range(args.parts))
     elif args.part == "export":
         export(args.folder, args.target)
+    elif args.part == "dit":
+        train_dit(args.folder, recipe, args.batch, args.start, args.stretch)
     else:
-        {"dit": train_dit, "vae": train_vae}[args.part](args.folder, recipe, args.batch, args.start)
+        train_vae(args.folder, recipe, args.batch, args.start, args.encoder)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The miniature's making: its latent space, its histories, its training loop, and what is exported."""
 
 import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from random import Random
@@ -14,9 +15,10 @@ from helios.index import read_index
 from helios.load import load_models
 from helios.text import Tokenizer
 from helios.vae import VAE
-from mini import ablate
+from mini import ablate, coding
 from mini.ablate import measure
 from mini.latents import FRAMES, SIZE, encode_clip, fit_codec, load_codec, make_parts, save_codec, symmetries
+from mini.leaves import make_leaves
 from mini.pretrain import (
     HELD_OUT,
     VAE_CONFIG,
@@ -33,9 +35,12 @@ from mini.pretrain import (
     velocity_loss,
 )
 from mini.world import caption, make_clip, make_scene
-from model import Helios
+from model import Helios, HeliosConfig, rope_table
 from sample import main as sample
 from wah import Options, Rollout, model_options
+
+GRID = SIZE[0] // 8, SIZE[1] // 8
+SMALL = 64, 96  # where the size does not matter
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +72,13 @@ def test_symmetries_are_linear_maps_of_the_latents(clips):
 def test_components_that_belong_together_are_kept_together():
     """Two colour components of equal strength must not be parted by the cut after the sixteenth."""
     with pytest.raises(ValueError, match="more clips"):
-        fit_codec(range(HELD_OUT, HELD_OUT + 4))
+        fit_codec(range(HELD_OUT + 2, HELD_OUT + 3))
 
 
 def test_latents_of_a_clip(clips):
     """The layout of the VAE: the first latent is the first frame's alone, in every chunk of both directions."""
     latents, words = encode_clip(clips.codec, 0)
-    assert latents.shape == (2, 3, 16, 9, 8, 12) and words == clips.captions[0]
+    assert latents.shape == (2, 3, 16, 9, *GRID) and words == clips.captions[0]
     torch.testing.assert_close(torch.from_numpy(clips.clips[0].copy()).float(), latents, rtol=0, atol=2e-2)
     clip = make_clip(0, FRAMES, SIZE)
     torch.testing.assert_close(latents[0, 1, :, :1], clips.codec.encode(clip.frames[33:34]), rtol=0, atol=1e-5)
@@ -85,10 +90,10 @@ def test_latents_of_a_clip(clips):
 def test_training_histories_are_those_of_a_rollout(folder, exported):
     """A continued clip sees what `Rollout.native_history` shows before a later chunk."""
     models = load_models(Helios, exported, "cpu")
-    latents = torch.randn(3, 16, 9, 8, 12)
+    latents = torch.randn(3, 16, 9, *GRID)
     rollout = Rollout(models, None, SIZE, torch.Generator(), options=Options(steps=(1,)))
     rollout.prefix = latents[None, 0, :, :1]
-    rollout.native = torch.cat([torch.zeros(1, 16, 18, 8, 12), rollout.prefix], dim=2)
+    rollout.native = torch.cat([torch.zeros(1, 16, 18, *GRID), rollout.prefix], dim=2)
     rng = Random(0)
     for chunk, kind in ((0, "image"), (1, "continue"), (2, "continue")):
         expected = rollout.native_history()
@@ -106,7 +111,7 @@ def test_training_histories_are_those_of_a_rollout(folder, exported):
 
 def test_batches(clips):
     batch = clips.batch(Random(1), torch.Generator().manual_seed(1), 8, "continue")
-    assert batch["clean"].shape == (8, 16, 9, 8, 12) and batch["native"].shape == (8, 16, 19, 8, 12)
+    assert batch["clean"].shape == (8, 16, 9, *GRID) and batch["native"].shape == (8, 16, 19, *GRID)
     assert {"", *clips.captions} >= set(batch["captions"]) and "" in batch["captions"]
     again = clips.batch(Random(1), torch.Generator().manual_seed(1), 8, "continue")
     assert torch.equal(batch["native"], again["native"])
@@ -160,7 +165,7 @@ def exported(folder):
 
 def test_an_export_is_a_whole_model(exported, tmp_path, monkeypatch):
     assert load_models(Helios, exported, "cpu").transformer.proj_out.bias.eq(0.5).all()
-    assert read_index(exported).size == SIZE and model_options(exported) == Options(steps=(4,), guidance=1.0)
+    assert read_index(exported).size == SIZE and model_options(exported) == Options(steps=(4,), guidance=1.0, warp_fill="smooth")
     shipped = Path(__file__).parents[2] / "weights" / "mini"
     for name in ("model_index.json", "scheduler/scheduler_config.json", "transformer/config.json", "vae/config.json"):
         assert json.loads((exported / name).read_text()) == json.loads((shipped / name).read_text())
@@ -179,13 +184,14 @@ def test_losses_fall(clips):
     generator.initialize()
     draws = torch.Generator().manual_seed(0)
     batch = clips.batch(Random(0), draws, 2, "image")
-    noise, frames = torch.randn(batch["clean"].shape, generator=draws), make_clip(1, 5, SIZE).frames
+    batch |= {name: batch[name][..., :8, :12] for name in ("clean", "prefix", "native")}
+    noise, frames = torch.randn(batch["clean"].shape, generator=draws), make_clip(1, 5, SMALL).frames[None]
 
     def velocity() -> torch.Tensor:
         return velocity_loss(generator, clips, batch, torch.rand(2, generator=draws), noise, True)
 
     for network, loss_of in ((generator, velocity),
-                             (vae, lambda: sum(vae_losses(vae, clips.codec, frames, torch.zeros(1))[:2]))):
+                             (vae, lambda: sum(vae_losses(vae, clips.codec, frames, torch.zeros(1))[:3]))):
         optimizer, losses = torch.optim.AdamW(network.parameters(), lr=2e-3), []
         for _ in range(25):
             optimizer.zero_grad()
@@ -193,30 +199,30 @@ def test_losses_fall(clips):
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
-        assert sum(losses[-5:]) < 0.6 * sum(losses[:5]), losses
+        assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses
 
 
 def test_exact_warps_show_the_truth():
     scene = make_scene_of(HELD_OUT + 2000)
-    warp = scene.warps["exact, black"]
+    warp = scene.warps["black"]
     assert warp.visible[0, 0, 0].all()
     torch.testing.assert_close(warp.frames[:, :, 0], scene.video[:, :, 0], rtol=0, atol=1e-3)
     measured = measure(warp.frames, scene)
-    assert measured["psnr visible"] > 28 and measured["ssim visible"] > 0.7 and measured["psnr invisible"] < 20
+    assert measured["psnr visible"] > 28 and measured["ssim visible"] > 0.65 and measured["psnr invisible"] < 20
     perfect = measure(scene.video, scene)
     assert perfect["psnr all"] > 99 and perfect["ssim all"] == pytest.approx(1, abs=1e-4)
-    mean = scene.warps["exact"].frames[:, :, -1][:, :, ~scene.visible[0, 0, -1]]
+    mean = scene.warps["mean"].frames[:, :, -1][:, :, ~scene.visible[0, 0, -1]]
     torch.testing.assert_close(mean[0, :, 0], scene.video[0, :, 0].mean((1, 2)))
 
 
 def make_scene_of(seed):
-    seed = next(each for each in range(seed, seed + 40) if ablate.suits(each, SIZE))
-    return ablate.make_scene(seed, None, SIZE)
+    seed = next(each for each in range(seed, seed + 40) if ablate.suits(each, SMALL))
+    return ablate.make_scene(seed, None, SMALL)
 
 
 def test_cameras_are_found():
     """In the truth, in a noisy copy of it, and in a video that stands still, whose camera lags by a known motion."""
-    scene = make_scene_of(HELD_OUT + 2009)
+    scene = make_scene_of(HELD_OUT + 2017)
     noise = 0.1 * torch.randn(scene.video.shape, generator=torch.Generator().manual_seed(0))
     for video, worst in ((scene.video, (0.05, 0.005)), (scene.video + noise, (0.3, 0.05))):
         error = ablate.camera_error(video, scene, [20])
@@ -231,21 +237,68 @@ def test_cameras_are_found():
 
 def test_ghosts_are_counted_where_nothing_is_visible():
     scene = make_scene_of(HELD_OUT + 2000)
-    assert measure(scene.warps["exact"].frames, scene)["ghost"] == 1
-    assert measure(scene.warps["exact, black"].frames, scene)["ghost"] == 0
+    assert measure(scene.warps["mean"].frames, scene)["ghost"] == 1
+    assert measure(scene.warps["black"].frames, scene)["ghost"] == 0
     assert measure(scene.video, scene)["ghost"] < 0.3
 
 
 def test_ablation_table(exported, tmp_path, monkeypatch):
     """Every variant is measured on the same scenes and seeds, the camera once a scene."""
-    words = ["--weights", str(exported), "--scenes", "1", "--seeds", "2", "--out", str(tmp_path)]
+    index = json.loads((exported / "model_index.json").read_text())
+    small = tmp_path / "small"
+    shutil.copytree(exported, small)
+    (small / "model_index.json").write_text(json.dumps(index | {"height": SMALL[0], "width": SMALL[1]}))
+    words = ["--weights", str(small), "--scenes", "1", "--seeds", "2", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["ablate", *words, "--processes", "1", "--found", "16"])
     ablate.main()
     table = (tmp_path / "ablation.md").read_text().splitlines()
     names = [line.split("|")[1].strip() for line in table[2:]]
-    assert names[:6] == ["truth", "VAE of the truth", "copy the warp", "VAE of the warp", "no camera",
-                         "not aligned, dropped"] and len(names) == 10
+    assert names[:2] == ["truth", "VAE of the truth"] and names[6:8] == ["no camera", "not aligned, dropped"]
+    assert len(names) == 14
     results = json.loads((tmp_path / "ablation.json").read_text())
-    assert [len(rows) for rows in results.values()] == [1] * 4 + [2] * 6
+    assert [len(rows) for rows in results.values()] == [1] * 6 + [2] * 8
     assert all(["shift, m" in row for row in rows] == [True, False][:len(rows)] for rows in results.values())
     assert results["truth"][0]["psnr all"] > 99 and (tmp_path / "ablation.png").is_file()
+
+
+def test_batches_go_through_the_vae_as_frames_do():
+    torch.manual_seed(0)
+    vae = VAE(VAE_CONFIG)
+    for frames in (1, 9):
+        video = torch.rand(2, 3, frames, 16, 24) * 2 - 1
+        one_by_one = [vae.encode(each[None])[0] for each in video]
+        latents = torch.cat(one_by_one)
+        torch.testing.assert_close(coding.encode(vae, video), latents, rtol=0, atol=1e-5)
+        expected = torch.cat([vae.decode(each[None]) for each in latents])
+        torch.testing.assert_close(coding.decode(vae, latents).clamp(-1, 1), expected, rtol=0, atol=1e-5)
+
+
+def test_dead_leaves():
+    first, again, other = (make_leaves(seed, 5, (32, 48)) for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.shape == (5, 32, 48, 3) and first.dtype == torch.uint8
+    moved = sum((clip[0].int() - clip[-1].int()).abs().float().mean() > 1 for clip in
+                (make_leaves(seed, 5, (32, 48)) for seed in range(12)))
+    assert moved > 6
+
+
+def test_holes_are_filled_from_around_them():
+    """What is visible stays; a hole takes its neighbours' colours, one between two areas something between."""
+    frames, visible = torch.zeros(1, 3, 2, 13, 20), torch.ones(1, 1, 2, 13, 20)
+    frames[..., :10], frames[..., 10:] = -0.5, 0.5
+    visible[:, :, 0, 4:9, 2:5] = visible[:, :, 0, 3:10, 8:12] = 0
+    broken = torch.where(visible > 0, frames, 9.0)
+    filled = ablate.smooth_fill(broken, visible)
+    assert torch.equal(filled[visible.expand_as(filled) > 0], frames[visible.expand_as(frames) > 0])
+    torch.testing.assert_close(filled[:, :, 0, 4:9, 2:5], frames[:, :, 0, 4:9, 2:5], rtol=0, atol=0.02)
+    across = filled[0, 0, 0, 6, 8:12]
+    assert (across.diff() >= 0).all() and across.abs().max() <= 0.5 and across[0] < 0 < across[-1]
+    assert torch.equal(filled[:, :, 1], frames[:, :, 1])
+
+
+def test_positions_counted_in_halves():
+    """Every other row and column stands where the smaller grid's are; times are not touched."""
+    times = torch.arange(3)
+    whole, halves = (rope_table(times, 6, 8, HeliosConfig(rope_scale=scale)) for scale in (1.0, 0.5))
+    torch.testing.assert_close(halves[:, ::2, ::2], whole[:, :3, :4])
+    assert not torch.equal(halves[:, 1:, 1:], whole[:, 1:, 1:])

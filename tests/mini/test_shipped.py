@@ -9,8 +9,6 @@ from safetensors.torch import load_file
 
 from files.checkpoint import load, weight_files
 from geometry.pi3x import load_pi3x
-from helios.load import load_models
-from helios.lora import load_lora
 from helios.text import Tokenizer, UMT5Encoder
 from helios.vae import VAE
 from mini.latents import load_codec
@@ -22,9 +20,9 @@ NETWORKS = {"transformer": Helios, "vae": VAE, "text_encoder": UMT5Encoder}
 
 
 def test_which_files_there_are():
-    """Those of the networks, of the geometry and its LoRA, and the codec of its training; each is read below."""
+    """Those of the networks, of the geometry, and the codec of its training; each is read below."""
     networks = {file.relative_to(SHIPPED) for part in NETWORKS for file in weight_files(SHIPPED / part)}
-    assert set(FILES) == networks | {Path("Pi3X/model.safetensors"), Path("lora.safetensors"), Path("codec.safetensors")}
+    assert set(FILES) == networks | {Path("Pi3X/model.safetensors"), Path("codec.safetensors")}
 
 
 @pytest.mark.parametrize("name", FILES, ids=str)
@@ -45,12 +43,7 @@ def test_networks_have_every_tensor(part):
     assert all(torch.equal(loaded[network.aliases.get(key, key)], value.float()) for key, value in state.items())
 
 
-def test_geometry_lora_and_codec():
-    models = load_models(Helios, SHIPPED, "cpu")
-    lora = load_lora(SHIPPED / "lora.safetensors")
-    models.transformer.set_lora(lora)  # raises for each misfit
-    assert len(lora.adapters) == 4 * models.transformer.config.num_layers
-    assert all(up.any() and down.any() for down, up, _ in lora.adapters.values())
+def test_geometry_and_codec():
     geometry = load_pi3x(SHIPPED / "Pi3X" / "model.safetensors").eval()
     with torch.inference_mode():
         prediction = geometry(torch.rand(1, 1, 3, 42, 56, generator=torch.Generator().manual_seed(0)))
