@@ -25,8 +25,9 @@ from geometry.scene import choose_unit, given_scene, known_lens, read_path
 from geometry.surface import PIXEL_LIMIT
 from helios.flow import load_schedule
 from helios.index import check_weights, read_index
-from helios.load import check_parts, find_lora, size_multiple
+from helios.load import VAES, check_parts, find_lora, size_multiple
 from helios.lora import Lora, load_lora
+from helios.taehv import find_taehv
 from memory import Camera, Memory
 from model import Helios
 from render import RenderSettings, Warp, make_warp
@@ -55,6 +56,7 @@ class Settings(Options):
     resample: bool = False  # stretches or squeezes the path to --frames or --fps, instead of cutting or holding it
     check: bool = False  # measures seams, drift and, with Pi3X, the camera of the video: out_check.json
     latents: Path | None = None  # also writes the latents (.safetensors, key `latents`)
+    vae: str = "wan"  # or taehv, a tiny one that makes another video of a seed; or taehv-decode, where it only decodes
     compile: bool = False  # torch.compile the transformer: slow to begin, faster then
     device: str = default_device()  # cpu, mps, cuda or cuda:N; none given: cuda if there is one
 
@@ -64,6 +66,7 @@ class Settings(Options):
         require(
             self,
             ("preset", self.preset in PRESETS, " or ".join(PRESETS)),
+            ("vae", self.vae in VAES, ", ".join(VAES)),
             ("prompt_blend", 1 <= self.prompt_blend <= 100, "from 1 to 100"),
             ("samples", 1 <= self.samples <= 16, "from 1 to 16"),
             ("geometry_pixels", 1000 <= (self.geometry_pixels or 1000) <= 10**7, "from 1000 to 10000000"),
@@ -190,7 +193,10 @@ def load_settings(args: argparse.Namespace) -> Settings:
     named = [word.partition("=")[2] for word in args.set if word.startswith("preset=")]
     if named and named[-1] == "realtime":
         defaults = replace(defaults, steps=(1,) * len(defaults.steps), **PRESETS["realtime"])
-    return parse_settings(args.set, defaults)
+    settings = parse_settings(args.set, defaults)
+    if settings.vae != "wan":
+        find_taehv(args.weights)  # an early word if it is not there
+    return settings
 
 
 def choose_lora(args: argparse.Namespace, settings: Settings, led: bool = True) -> Lora | None:

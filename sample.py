@@ -38,6 +38,7 @@ from geometry.pi3x import Pi3X, find_pi3x
 from geometry.scene import describe_visible
 from geometry.surface import estimate
 from helios.load import MEMORY, default_weights, encode_each, files_read, find_lora, load_models, prompt_at
+from helios.taehv import find_taehv
 from job import Job, Settings, check, load_settings, prepare
 from model import Helios
 from wah import Chunk, Options, Rollout
@@ -147,7 +148,8 @@ def describe_job(args: argparse.Namespace, job: Job) -> dict:
         "size": job.size, "frames": job.frames, "fps": job.fps, "fp8": args.memory == "fp8",
         "dtype": str(network_dtype(job.settings.device)), "lora": Path(job.lora.source) if job.lora else None,
         "weights": fingerprint(args.weights, files_read(args.weights)),
-        "geometry": job.pi3x_file, "warp": [fingerprint(path) for path in args.warp or ()]}
+        "geometry": job.pi3x_file, "taehv": None if job.settings.vae == "wan" else find_taehv(args.weights),
+        "warp": [fingerprint(path) for path in args.warp or ()]}
     return {name: fingerprint(value) if isinstance(value, Path) else value
             for name, value in about.items() if name not in FREE}
 
@@ -184,7 +186,7 @@ def generate(args: argparse.Namespace, job: Job, output: Output) -> Rollout:
     settings, start = job.settings, job.start
     said = [part.strip() for part in args.prompt.split("|")]
     prompts = encode_each(args.weights, said, job.lora is not None, settings.guidance > 1, settings.device, args.memory)
-    models = load_models(Helios, args.weights, settings.device, args.memory)
+    models = load_models(Helios, args.weights, settings.device, args.memory, settings.vae)
     if settings.compile:
         models.transformer.compile_blocks()
     progress = Progress(settings, models.schedule.sampler == "dmd", job.chunks)

@@ -44,7 +44,8 @@ class Studio:
         self.args, self.settings = args, job.load_settings(args)
         self.size = job.choose_size(args)
         self.lora = job.choose_lora(args, self.settings)
-        self.models = load_models(Helios, args.weights, self.settings.device, args.memory)
+        self.models = load_models(Helios, args.weights, self.settings.device, args.memory,
+                                  self.settings.vae)
         self.worker = ThreadPoolExecutor(max_workers=1)
         self.folder = tempfile.TemporaryDirectory()  # of pictures that were sent
         self.changed: list[Callable[[], None]] = []

@@ -379,7 +379,7 @@ class Rollout:
         self.native = torch.cat([self.native, latents], dim=2)[:, :, -sum(BANDS):]
         earlier = torch.cat([self.earlier, latents], dim=2)
         self.earlier = earlier[:, :, max(earlier.shape[2] - sum(self.options.previous), 0):]
-        vae = self.models.vae
+        vae = self.models.decoder or self.models.vae
         frames = self.finite(vae.decode(vae.denormalize(latents)), "decoded frames")
         self.chunk += 1
         if self.camera is not None:

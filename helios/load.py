@@ -19,10 +19,12 @@ from helios.flow import Schedule, load_schedule
 from helios.index import read_index
 from helios.lora import lora_band
 from helios.stream import load_streamed
+from helios.taehv import TAEHV, find_taehv, load_taehv
 from helios.text import Tokenizer, UMT5Encoder, encode_prompt
 from helios.vae import VAE
 
 MEMORY = ("full", "fp8", "stream")
+VAES = ("wan", "taehv", "taehv-decode")
 ROOT = Path(__file__).parents[1] / "weights"
 TRIGGER = "camctl23x."
 NEGATIVE_PROMPT = (  # of the guided models; the one that Wan and Helios were tuned with
@@ -40,8 +42,9 @@ N = TypeVar("N", bound=Network)
 @dataclass(frozen=True)
 class Models(Generic[N]):
     transformer: N
-    vae: VAE
+    vae: VAE | TAEHV
     schedule: Schedule
+    decoder: VAE | TAEHV | None = None  # if it is not the one that encodes
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,17 @@ def load_network(network: type[N], folder: Path, device: torch.device | str, mem
     return load(network, folder, device, dtype, fp8=network.fp8 if memory == "fp8" else ())
 
 
-def load_models(transformer: type[N], weights: Path, device: torch.device | str, memory: str = "full") -> Models[N]:
-    """Transformer, VAE (in fp32) and schedule. In the transformer's blocks lies all but 4 % of the memory that
-    weights need."""
+def load_models(transformer: type[N], weights: Path, device: torch.device | str, memory: str = "full",
+                vae: str = "wan") -> Models[N]:
+    """Transformer, VAE (in fp32; one of `VAES`) and schedule. In the transformer's blocks lies all but 4 % of the
+    memory that weights need."""
     schedule = load_schedule(weights)
-    vae = load(VAE, weights / "vae", device)
-    return Models(load_network(transformer, weights / "transformer", device, memory), vae, schedule)
+    tiny = None if vae == "wan" else load_taehv(find_taehv(weights), device)
+    channels = build(transformer, weights / "transformer").config.in_channels
+    if tiny is not None and tiny.channels != channels:
+        raise ValueError(f"{find_taehv(weights)}: its latents have {tiny.channels} channels, expected {channels}")
+    encoder = tiny if vae == "taehv" and tiny is not None else load(VAE, weights / "vae", device)
+    return Models(load_network(transformer, weights / "transformer", device, memory), encoder, schedule, tiny)
 
 
 def size_multiple(schedule: Schedule) -> int:

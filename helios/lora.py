@@ -159,12 +159,12 @@ def lora_band(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a LoRA file."""
+    """Tensors and header of a .safetensors file, or of a .pt file of plain tensors, which has no header."""
     if path.suffix == ".safetensors":
         with open_safetensors(path) as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}
-    if path.suffix != ".pt":
-        raise ValueError(f"{path}: a LoRA is a .safetensors or .pt file")
+    if path.suffix not in (".pt", ".pth"):
+        raise ValueError(f"{path}: expected a .safetensors or .pt file")
     state = read_pt(path)
     state = state.get("peft", state) if isinstance(state, dict) else state
     pairs = state.items() if isinstance(state, dict) else [(None, None)]

@@ -8,6 +8,7 @@ import torch
 from goldens import DISTILLED, HELIOS, check
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from taehv_weights import tensors
 
 from files.checkpoint import on_meta
 from helios.load import load_models
@@ -127,3 +128,16 @@ def test_a_run_and_its_lora(place, capsys):
     assert status == 2 and "short band" in error and "--set warp_band=short" in error
     status, error = run("--lora", str(released), "--set", "preset=official")
     assert status == 2 and "warp_band=mid" in error
+
+
+@pytest.mark.parametrize("vae", ["taehv", "taehv-decode"])
+def test_a_run_with_the_tiny_decoder(place, capsys, vae):
+    """Latents are the VAE's only where it encodes; without the file one line says so."""
+    shutil.copytree(DISTILLED, "weights")
+    assert sample(f"vae={vae}") == 2 and "taew2_1" in capsys.readouterr().err
+    save_file(tensors(), "weights/taew2_1.safetensors")
+    assert sample("latents=whole.safetensors", "--out", "whole.mp4") == 0
+    assert sample(f"vae={vae}", "latents=tiny.safetensors", "--out", "tiny.mp4") == 0
+    same = torch.equal(load_file("whole.safetensors")["latents"], load_file("tiny.safetensors")["latents"])
+    assert same == (vae == "taehv-decode")
+    assert (place / "whole.mp4").read_bytes() != (place / "tiny.mp4").read_bytes()
