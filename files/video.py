@@ -147,6 +147,7 @@ def add_encoder(container: av.container.OutputContainer, fps: float, size: tuple
     stream.height, stream.width = size
     stream.pix_fmt, stream.options = "yuv420p", {"crf": "17"}
     context = stream.codec_context
+    context.thread_count = 1  # with more, the bits of a file depend on how many, which the system decides
     context.colorspace = context.color_primaries = context.color_trc = BT709
     context.color_range = ColorRange.MPEG
     context.open()
