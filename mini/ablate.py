@@ -92,7 +92,12 @@ def suits(seed: int, size: tuple[int, int]) -> bool:
 
 
 def make_scene(seed: int, pi3x: Pi3X | None, size: tuple[int, int]) -> Scene:
-    clip = make_clip(seed, WINDOW, size)
+    return scene_of(make_clip(seed, WINDOW, size), seed, pi3x)
+
+
+def scene_of(clip: Clip, seed: int = 0, pi3x: Pi3X | None = None) -> Scene:
+    """A clip with its exact warps; `seed` is the known scene's, `pi3x` for the warp of an estimated geometry."""
+    size = clip.frames.shape[1], clip.frames.shape[2]
     black = exact_warp(clip)
     video = rearrange(clip.frames, "t h w c -> 1 c t h w") / 127.5 - 1
     mean = video[:, :, :1].mean((3, 4), keepdim=True)

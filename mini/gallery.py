@@ -1,0 +1,85 @@
+"""The README's picture: two demo scenes, each as picture, warp, what the model makes of it in four ways, and the truth.
+
+    python -m mini.gallery            # writes data/demo.webp again
+
+The first row is the demo of `python sample.py` (its first chunk), the second the hall along its own path. Warps are
+exact.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image, ImageDraw
+
+from files.media import to_frames
+from geometry.camera import DEPTH, WINDOW, move_path
+from geometry.surface import pinhole
+from helios.index import read_index
+from helios.load import encode_prompts, load_models
+from mini.ablate import Scene, generate, scene_of
+from mini.world import STILLS, Clip, caption, make_path, make_scene, render
+from model import Helios
+from wah import model_options
+
+WAYS = {"no camera": (None, {}), "not aligned": ("smooth", {"align": False}), "aligned": ("smooth", {"drop": False}),
+        "aligned, dropped": ("smooth", {})}
+
+
+def demo_clip(name: str, size: tuple[int, int]) -> Clip:
+    """The first chunk of a still's own path, as the world shows it."""
+    seed, move = STILLS[name]
+    rng = Random(seed)
+    scene = make_scene(rng)
+    start, fov_x = make_path(scene, rng, 66)[:1], round(rng.uniform(50, 80), 2)
+    K, path = pinhole(fov_x, *size), move_path(move)[:WINDOW]
+    _, depth = render(scene, start, K, size, samples=1)
+    path[:, :3, 3] *= depth[depth.isfinite()].median() / DEPTH
+    c2w = start @ path
+    return Clip(*render(scene, c2w, K, size, samples=4), c2w, K, caption(scene))
+
+
+def columns(scene: Scene, weights: Path, seed: int = 0) -> dict[str, np.ndarray]:
+    """The videos of a row by their titles, [33, H, W, 3] uint8."""
+    models, options = load_models(Helios, weights, "cpu"), model_options(weights)
+    prompts = encode_prompts(weights, scene.clip.caption, False, False, "cpu")
+    videos = {"picture": scene.video[:, :, :1].expand(-1, -1, WINDOW, -1, -1), "warp": scene.warps["smooth"].frames}
+    for name, (warp, changes) in WAYS.items():
+        videos[name] = generate(models, prompts, scene, seed, warp, replace(options, **changes), None)
+    videos["truth"] = scene.video
+    return {name: to_frames(video / 2 + 0.5) for name, video in videos.items()}
+
+
+def write(rows: list[dict[str, np.ndarray]], path: Path) -> None:
+    """One animation: titles above, rows below one another."""
+    gap, title = 4, 16
+    grid = np.stack([np.stack(list(row.values())) for row in rows])  # [R, C, T, H, W, 3]
+    grid = np.pad(grid, ((0, 0), (0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    frames = rearrange(grid, "r c t h w three -> t (r h) (c w) three")
+    pictures = []
+    for frame in np.pad(frames, ((0, 0), (title, 0), (0, 0), (0, 0)), constant_values=255):
+        picture = Image.fromarray(frame)
+        for column, name in enumerate(rows[0]):
+            ImageDraw.Draw(picture).text((column * grid.shape[4] + 2, 2), name, fill="black")
+        pictures.append(picture)
+    there_and_back = [*pictures[1:], *pictures[-2:0:-1]]
+    pictures[0].save(path, save_all=True, append_images=there_and_back, duration=62, loop=0, quality=72)
+
+
+def main() -> None:
+    root = Path(__file__).parents[1]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--weights", type=Path, default=root / "weights" / "mini")
+    parser.add_argument("--out", type=Path, default=root / "data" / "demo.webp")
+    args = parser.parse_args()
+    size = read_index(args.weights).size
+    with torch.inference_mode():
+        write([columns(scene_of(demo_clip(name, size)), args.weights) for name in ("plaza", "hall")], args.out)
+
+
+if __name__ == "__main__":
+    main()
