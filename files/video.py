@@ -145,9 +145,11 @@ def open_mp4(path: Path, fps: float) -> av.container.OutputContainer:
 def add_encoder(container: av.container.OutputContainer, fps: float, size: tuple[int, int]) -> av.VideoStream:
     stream = container.add_stream("libx264", rate=frame_rate(fps))
     stream.height, stream.width = size
-    stream.pix_fmt, stream.options = "yuv420p", {"crf": "17"}
+    stream.pix_fmt, stream.options = "yuv420p", {"crf": "17", "x264-params": "mbtree=0"}
     context = stream.codec_context
-    context.thread_count = 1  # with more, the bits of a file depend on how many, which the system decides
+    # The same frames give the same bits: more threads give others, and x264's macroblock tree reads memory that nobody
+    # wrote where a row of macroblocks is short, so that two files of a small video differ.
+    context.thread_count = 1
     context.colorspace = context.color_primaries = context.color_trc = BT709
     context.color_range = ColorRange.MPEG
     context.open()

@@ -9,6 +9,7 @@ from goldens import DISTILLED, record
 from PIL import Image
 from safetensors.torch import load_file
 
+from files.video import write_video
 from sample import main
 
 
@@ -42,3 +43,16 @@ def test_given_geometry(place):
     difference = (latents[0] - latents[1]).abs().max().item()
     record("one thread against two, latents, max", difference, 5e-3, "abs")
     assert difference <= 5e-3
+
+
+def test_equal_frames_give_equal_files(tmp_path):
+    """The encoder's choices don't depend on what was in memory before."""
+    rng, files = np.random.default_rng(3), set()
+    frames = np.stack([np.asarray(Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).resize((64, 64))) for _ in range(7)])
+    frames = (frames * 0.2 + np.asarray(Image.fromarray(frames[0][::8, ::8]).resize((64, 64))) * 0.8).astype(np.uint8)
+    for _ in range(8):
+        rubbish = [rng.integers(0, 255, rng.integers(100, 60000), np.uint8) for _ in range(400)]
+        del rubbish[::2]
+        write_video(tmp_path / "v.mp4", frames, 16)
+        files.add((tmp_path / "v.mp4").read_bytes())
+    assert len(files) == 1
