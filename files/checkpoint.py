@@ -200,6 +200,7 @@ class Network(nn.Module):
     """A module that knows how its checkpoint looks."""
 
     Config: type
+    config: Any
     fp32: tuple[str, ...] = ()  # parts of names that stay fp32 in a bf16 model
     aliases: dict[str, str] = {}  # other names that a file may use -> ours
     ignored: tuple[str, ...] = ()  # beginnings of keys that a file has and we have no use for

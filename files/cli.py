@@ -31,9 +31,10 @@ WHAT_TO_DO = {
 }
 
 
-def what_to_do(error: OSError) -> str:
+def what_to_do(error: Exception) -> str:
     """What the system's error means for the user."""
-    return WHAT_TO_DO.get(error.errno or 0, error.strerror or str(error))
+    known = WHAT_TO_DO.get(getattr(error, "errno", None) or 0)
+    return known or getattr(error, "strerror", None) or str(error)
 
 
 def explain(error: Exception) -> str:
