@@ -1,4 +1,4 @@
-"""TAEHV, the tiny autoencoder for Wan 2.1 latents (`taew2_1`, MIT): a hundredth of the VAE's work, a little softer.
+"""TAEHV, the tiny autoencoder for Wan 2.1 latents (`taew2_1`, MIT): much smaller than the VAE, a little softer.
 
 It takes and gives normalised latents, has no posterior and so no noise: other latents than the VAE's, so a seed means
 another video. Four frames are one latent; three copies of frame 0 go in front, and of a decoded video the first three
