@@ -36,6 +36,7 @@ from geometry.paths import load_path
 from geometry.pi3x import Pi3X, load_pi3x
 from geometry.surface import Geometry, ensure_valid, estimate, place, transform
 from helios.load import add_trigger
+from helios.taehv import TAEHV
 from helios.vae import VAE
 from memory import render_keyframes, smooth_focals
 from render import Warp, collect, fill_warp, render_frames
@@ -347,12 +348,13 @@ class Conditions:
     """Latents of the clips' windows. Each is made once and kept in host memory, `limit` of a kind, and the longest
     unused go first; that is possible because officially every posterior sample is drawn from the same seed."""
 
-    def __init__(self, vae: VAE, clips: list[Clip], size: tuple[int, int], choices: Choices, limit: int, device: str):
+    def __init__(self, vae: VAE | TAEHV, clips: list[Clip], size: tuple[int, int], choices: Choices, limit: int,
+                 device: str):
         self.vae, self.clips, self.choices, self.device = vae, clips, choices, device
         generator = torch.Generator().manual_seed(choices.seed)
         shape = size[0] // vae.space_factor, size[1] // vae.space_factor
         self.image_noise, self.fake_noise, _, self.warp_noise = (  # the third, unused: kept for parity
-            torch.randn(1, vae.config.z_dim, count, *shape, generator=generator) for count in (1, CHUNK, 1, CHUNK))
+            torch.randn(1, vae.channels, count, *shape, generator=generator) for count in (1, CHUNK, 1, CHUNK))
         self.image = lru_cache(limit)(self.make_image)
         self.target = lru_cache(limit)(self.make_target)
         self.warp = lru_cache(limit)(self.make_warp)

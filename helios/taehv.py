@@ -99,6 +99,8 @@ def with_cache(layer: nn.Module) -> Layer:
 class TAEHV(Network):
     """Stands where a `VAE` does: videos [1, 3, 1 + 4k, H, W] in [-1, 1], latents [1, C, 1 + k, H/8, W/8]."""
 
+    space_factor = 8
+
     def __init__(self, encoder: list[int], decoder: list[int], channels: int):
         """The widths of both halves from their first layer on, and the channels of a latent."""
         super().__init__()

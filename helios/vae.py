@@ -275,6 +275,7 @@ class VAE(Network):
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
+        self.channels = config.z_dim
         self.time_factor = 2 ** sum(config.temperal_downsample)  # 4
         self.space_factor = 2 ** (len(config.dim_mult) - 1)  # 8
         self.encoder = Encoder(config)
