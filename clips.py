@@ -30,7 +30,7 @@ from files.checkpoint import open_safetensors
 from files.depth import known_depth, load_depth
 from files.machine import network_dtype
 from files.media import quantize, to_u8
-from files.writing import replacing
+from files.writing import identity, replacing
 from geometry.camera import WINDOW, CameraPath, describe, normalize, resolve_lens
 from geometry.paths import load_path
 from geometry.pi3x import Pi3X, load_pi3x
@@ -136,7 +136,7 @@ class Source:
 def find_video(name: str) -> Path:
     """A path, or a name in data/."""
     data = Path(__file__).parent / "data"
-    for path in (Path(name), data / f"{name}.mp4", data / name):
+    for path in (Path(name), data / f"{name}.mp4", data / name) if name else ():
         if path.exists():
             return path
     raise ValueError(f"--video {name}: no such file or folder, and no {name}.mp4 or {name}/ in {data}; the paper's"
@@ -159,6 +159,7 @@ def read_sources(videos: list[str], prompts: list[str]) -> list[Source]:
 def read_csv(path: Path) -> list[Source]:
     """Columns `video` (a path beside the file, or as for --video) and `prompt`; others are ignored."""
     sources, columns = [], []
+    identity(path)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, strict=True)

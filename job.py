@@ -73,6 +73,7 @@ class Settings(Options):
             ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
             ("fov", self.fov is None or len(self.fov) < 3 and all(1 <= each <= 179 for each in self.fov),
              "degrees from 1 to 179"),
+            ("unit", self.unit != "", "depth, 0.2depth, same, meter or a number"),
             ("latents", latents is None or latents.suffix == ".safetensors", "a file name that ends in .safetensors"),
         )
 
@@ -163,6 +164,9 @@ def check(args: argparse.Namespace, settings: Settings) -> None:
     if args.image is None and (path or args.warp is not None):
         raise ValueError("a camera needs --image: the picture that it moves through")
     check_settings(args, settings, path)
+    stages = load_schedule(args.weights).stages
+    if len(settings.steps) != stages:
+        raise ValueError(f"--set steps: {len(settings.steps)} numbers, expected {stages}, one for each stage")
     check_device(settings.device)
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from files.cli import check_frames, existing, parse_size, run_program
+from files.cli import check_frames, existing, given_path, parse_size, run_program
 from files.draw import contact_sheet, evenly_spaced, plan, save_ply, save_png
 from files.media import fit_image, load_image, resize_frame, to_u8
 from files.video import VideoWriter, try_encoder
@@ -400,6 +400,7 @@ def preview(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     about = "Preview a camera path: warp, mask, contact sheet, top view."
     parser = argparse.ArgumentParser("render.py", usage=argparse.SUPPRESS, description=about)  # one line an error
+    parser.register("type", Path, given_path)
     parser.add_argument("--image", type=Path, required=True, help="first frame")
     camera = parser.add_mutually_exclusive_group(required=True)
     camera.add_argument("--poses", type=Path, help="a file of poses or a COLMAP folder (docs/paths.md)")

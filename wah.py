@@ -122,14 +122,15 @@ class Options:
     restart: bool = False
 
     def __post_init__(self):
-        sigmas = (*self.warp_sigma, *self.image_sigma)
+        sigmas = self.warp_sigma, self.image_sigma
         require(
             self,
-            ("steps", min(self.steps, default=0) >= 1, "numbers of at least 1"),
+            ("steps", 1 <= min(self.steps, default=0) <= max(self.steps) <= 1000, "numbers from 1 to 1000"),
             ("guidance", 0 <= self.guidance <= 1000, "from 0 to 1000"),
             ("zero_steps", self.zero_steps is None or self.zero_steps >= 0, "at least 0, or none"),
             ("threshold", 0 <= self.threshold <= 1, "from 0 to 1"),
-            ("warp_sigma image_sigma", 0 <= min(sigmas) <= max(sigmas) <= 1, "two numbers from 0 to 1"),
+            ("warp_sigma image_sigma", all(0 <= low <= high <= 1 for low, high in sigmas),
+             "two numbers from 0 to 1, in order"),
             ("previous", min(self.previous) >= 0, "no negative numbers"),
             ("warp_fill", self.warp_fill in FILLS, "mean, smooth or black"),
             ("warp_band", self.warp_band in ("short", "mid"), "short or mid"),
