@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +62,7 @@ from helios.load import (
     size_multiple,
 )
 from helios.lora import Lora
+from helios.vae import VAE
 from memory import Camera
 from model import Helios, History
 from render import FILLS
@@ -398,7 +400,7 @@ def train_in(run: Run, args: argparse.Namespace, job: Job) -> None:
     embeddings = embed_prompts(args.weights, wanted, args.device, args.memory)
     models = load_models(Helios, args.weights, args.device, args.memory)
     trainer = Trainer(models.transformer, models.schedule, recipe)
-    conditions = Conditions(models.vae, clips, job.size, recipe, recipe.cache, args.device)
+    conditions = Conditions(cast(VAE, models.vae), clips, job.size, recipe, recipe.cache, args.device)
     about, machine = describe_run(args, job, clips), describe_machine(args.device)
     if args.resume:
         trainer.restore(*run.resume(about, machine))

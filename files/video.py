@@ -124,9 +124,10 @@ def named(path: Path | str) -> Iterator[None]:
     try:
         yield
     except (FFmpegError, OSError) as error:
+        known = error if isinstance(error, OSError) else OSError(error.errno, error.strerror)
         words = getattr(error, "log", None)
         words = words[2].strip() if words else error.strerror
-        raise OSError(f"{path}: the video could not be written ({words}); {what_to_do(error)}") from None
+        raise OSError(f"{path}: the video could not be written ({words}); {what_to_do(known)}") from None
     finally:
         av.logging.set_level(None)
 

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from files.checkpoint import Network, build, load, weight_files
+from files.checkpoint import Network, build, load, read_config, weight_files
 from files.machine import network_dtype
 from helios.flow import Schedule, load_schedule
 from helios.index import read_index
@@ -71,7 +71,7 @@ def load_models(transformer: type[N], weights: Path, device: torch.device | str,
     memory that weights need."""
     schedule = load_schedule(weights)
     tiny = None if vae == "wan" else load_taehv(find_taehv(weights), device)
-    channels = build(transformer, weights / "transformer").config.in_channels
+    channels = read_config(transformer.Config, weights / "transformer" / "config.json").in_channels
     if tiny is not None and tiny.channels != channels:
         raise ValueError(f"{find_taehv(weights)}: its latents have {tiny.channels} channels, expected {channels}")
     encoder = tiny if vae == "taehv" and tiny is not None else load(VAE, weights / "vae", device)

@@ -38,6 +38,7 @@ from geometry.surface import ensure_valid, estimate, median_depth, transform, un
 from helios.index import read_index
 from helios.load import Models, Prompts, encode_prompts, load_models
 from helios.lora import Lora, load_lora
+from helios.taehv import TAEHV
 from helios.vae import VAE
 from mini import world
 from mini.pretrain import HELD_OUT
@@ -183,13 +184,14 @@ def find_camera(picture: Tensor, starts: Tensor, draw: Callable[[Tensor], Tensor
 def camera_error(frames: Tensor, scene: Scene, at: list[int]) -> dict[str, float]:
     """Degrees and meters between the true camera and the one from which the scene would look like the result, means of
     the frames `at`; searched from the true one, the first frame's, and between."""
-    known, clip, size = world.make_scene(Random(scene.seed)), scene.clip, tuple(frames.shape[-2:])
+    known, clip, (height, width) = world.make_scene(Random(scene.seed)), scene.clip, frames.shape[-2:]
 
     def soft(pictures: Tensor) -> Tensor:  # blurred, so that slopes reach further
         return F.avg_pool2d(pictures, 5, 2, 2, count_include_pad=False)
 
     def draw(poses: Tensor) -> Tensor:
-        return soft(rearrange(world.render(known, poses, clip.K, size, 1)[0], "n h w c -> n c h w") / 127.5 - 1)
+        pictures = world.render(known, poses, clip.K, (height, width), 1)[0]
+        return soft(rearrange(pictures, "n h w c -> n c h w") / 127.5 - 1)
 
     turns, shifts = [], []
     for index in at:
@@ -230,12 +232,13 @@ def variants(loras: list[Path], estimated: bool) -> dict[str, Way]:
 
 def generate(models: Models, prompts: Prompts, scene: Scene, seed: int, warp: str | None, options: Options,
              lora: Lora | None) -> Tensor:
-    rollout = Rollout(models, prompts, tuple(scene.video.shape[-2:]), torch.Generator().manual_seed(seed),
+    height, width = scene.video.shape[-2:]
+    rollout = Rollout(models, prompts, (height, width), torch.Generator().manual_seed(seed),
                       image=scene.video[:, :, 0], lora=lora, options=options)
     return rollout.next(warp=None if warp is None else scene.warps[warp]).frames
 
 
-def remember_encodings(vae: VAE) -> None:
+def remember_encodings(vae: VAE | TAEHV) -> None:
     """All variants and seeds encode the same few videos: once is enough."""
     known, encode = {}, vae.encode
 
@@ -312,7 +315,7 @@ def summary(results: dict[str, list[dict]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--weights", type=Path, default=Path("weights/mini"))
     parser.add_argument("--lora", type=Path, nargs="*", help="LoRA files, for each the full method, for the first one"
                                                              " all (default: lora.safetensors of the weights)")

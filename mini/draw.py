@@ -9,6 +9,7 @@ the ground, reflections, lens effects.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import product
 
 import torch
@@ -36,7 +37,7 @@ class Motion:
 class Solid:
     shape: str  # "box" or "ball"
     center: tuple[float, float, float]
-    half: tuple[float, float, float]  # half extents, in its own axes; a ball has three equal ones
+    half: tuple[float, ...]  # three half extents, in its own axes; a ball has three equal ones
     yaw: float  # radians about the vertical
     texture: Texture
     name: str = ""  # for the caption; "": part of the scenery
@@ -56,7 +57,7 @@ class Scene:
     discs: tuple[float, ...]  # radii of round areas on the ground, each painted over those before it
     solids: tuple[Solid, ...]
     sun: tuple[float, float, float]  # unit vector to the light
-    sky: tuple[tuple[float, float, float], tuple[float, float, float]]  # colours at the horizon and above
+    sky: tuple[tuple[float, ...], ...]  # colours at the horizon and above
 
 
 def placed(solid: Solid, frames: Tensor) -> Tensor:
@@ -250,7 +251,8 @@ def draw(scene: Scene, view: View, places: list, boxes: list, shadows: list) -> 
             area = (slice(None), slice(top, bottom), slice(left, right))
             cast_shadow(light[area], [axis[area] for axis in points], solid, place, scene.sun)
     values = [column.index_select(0, row.flatten()).view_as(t) for column in surface_table(scene, view)]
-    u, v = (sum(w * axis for w, axis in zip(wave[:3], points)).add_(wave[3]) for wave in (values[:4], values[4:8]))
+    u, v = (reduce(torch.add, (w * axis for w, axis in zip(wave, points))).add_(wave[3])
+            for wave in (values[:4], values[4:8]))
     level = far.log2().mul_(-1.5).add_(values[8]).clamp_(0, DETAIL).int()
     tone = look_up(values[9].int(), u, v, level)
     rgb = torch.stack([torch.addcmul(middle, tone, width) for middle, width in zip(values[10:13], values[13:])])

@@ -129,7 +129,7 @@ def train(folder: Path, recipe: Recipe) -> None:
     def accumulate(network: Pi3X, step: int, rank: int) -> float:
         turn = 2 * step + rank
         views = batch(turn * PICTURES % HELD_OUT, Random(turn).choice((1, 1, 2, 3)))
-        loss = sum(WEIGHTS[name] * part for name, part in losses(network(views.images), views).items())
+        loss = torch.stack([WEIGHTS[name] * part for name, part in losses(network(views.images), views).items()]).sum()
         loss.backward()
         return loss.item()
 
@@ -157,7 +157,7 @@ def judge(network: Pi3X, clip: world.Clip) -> dict[str, float]:
     true = rearrange(clip.frames[::16], "t h w c -> 1 c t h w") / 127.5 - 1
     image, truth, poses = true[:, :, 0], clip.depth[0], inverse(clip.c2w[0]) @ clip.c2w[::16]
     exact, guess = geometry_from_depth(image, truth, clip.K), ensure_valid(estimate(network, [image])[0])
-    flat = torch.full_like(truth, median_depth(exact))
+    (height, width), flat = truth.shape, torch.full_like(truth, median_depth(exact))
     plane, blind = (geometry_from_depth(image, flat, K) for K in (clip.K, surface.pinhole(55, *truth.shape)))
     scaled = scale_translation(poses, median_depth(guess) / median_depth(exact))
     depth, confidence = (resize(x[None, None], truth.shape)[0, 0] for x in (guess.depth, guess.confidence))
@@ -168,7 +168,7 @@ def judge(network: Pi3X, clip: world.Clip) -> dict[str, float]:
               "kept of the sky": kept[~known].float().mean()}  # nan without a sky
     ways = {"exact": (exact, poses), "plane": (plane, poses), "no network": (blind, poses),
             "in meters": (guess, poses), "estimate": (guess, scaled)}
-    warps = {name: render.render(*way, truth.shape) for name, way in ways.items()}
+    warps = {name: render.render(*way, (height, width)) for name, way in ways.items()}
     for name, warp in warps.items():
         seen = torch.minimum(warp.visible, warps["exact"].visible)[:, :, 1:].expand(-1, 3, -1, -1, -1) > 0.5
         square = (warp.frames - true)[:, :, 1:].square()[seen].mean()
@@ -185,7 +185,7 @@ def evaluate(network: Pi3X, scenes: range) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("part", choices=("train", "export", "evaluate"))
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="state and log of the training")
     parser.add_argument("--weights", type=Path, default=Path("weights/mini/Pi3X/model.safetensors"))

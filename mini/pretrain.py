@@ -24,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -119,14 +120,17 @@ def load_state(path: Path, network: nn.Module, averaged: nn.Module, optims: list
     return int(tensors["step"])
 
 
-def fit(network: nn.Module, accumulate: Callable[[nn.Module, int, int], float], validate: Callable[[nn.Module], dict],
-        recipe: Recipe, path: Path) -> None:
+M = TypeVar("M", bound=nn.Module)
+
+
+def fit(network: M, accumulate: Callable[[M, int, int], float], validate: Callable[[M], dict], recipe: Recipe,
+        path: Path) -> None:
     """Train `network`, whose weights are initialised: `accumulate(network, step, rank)` adds a step's gradients and
     returns its loss, `validate` measures the averaged weights. State and log go to `path`."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")
-    averaged = torch.optim.swa_utils.AveragedModel(network, use_buffers=False).module
+    averaged = cast(M, torch.optim.swa_utils.AveragedModel(network, use_buffers=False).module)
     (trained, optims), start = optimizers(network, recipe), 0
     if path.is_file():
         start = load_state(path, network, averaged, optims)
@@ -150,7 +154,8 @@ def fit(network: nn.Module, accumulate: Callable[[nn.Module, int, int], float], 
         network.zero_grad()
         with torch.no_grad():
             keep = min(recipe.average, (step + 1) / (step + 10))
-            torch._foreach_lerp_(kept, parameters, 1 - keep)
+            for mean, p in zip(kept, parameters):
+                mean.lerp_(p, 1 - keep)
         if (step + 1) % recipe.every == 0 or step + 1 == recipe.steps:
             if rank == 0:
                 done = step + 1 - max(start, (step // recipe.every) * recipe.every)
@@ -178,7 +183,8 @@ class Generator(nn.Module):
             if "table" in name:
                 p.normal_(std=HELIOS.dim**-0.5)
         head = self.transformer.proj_out
-        head.weight.zero_(), head.bias.zero_()
+        head.weight.zero_()
+        head.bias.zero_()
         for module in self.text_encoder.modules():
             if isinstance(module, nn.Embedding):
                 module.weight.normal_(std=1.0 if module.embedding_dim == UMT5.d_model else 0.1)
@@ -304,7 +310,7 @@ def draw_clip(seed: int) -> Tensor:
 
 def slope_error(a: Tensor, b: Tensor) -> Tensor:
     """Mean absolute difference of the slopes along rows and columns: what a blurred picture lacks."""
-    return sum(((a - b).diff(dim=dim)).abs().mean() for dim in (-1, -2))
+    return torch.stack([(a - b).diff(dim=dim).abs().mean() for dim in (-1, -2)]).sum()
 
 
 def vae_losses(vae: VAE, codec: Codec, clips: Tensor, noise: Tensor, encoder: bool = True) -> tuple[Tensor, ...]:
@@ -327,7 +333,8 @@ def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None, encod
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG)
     with torch.no_grad():  # a posterior without spread, which nothing trains
-        vae.quant_conv.weight[VAE_CONFIG.z_dim :], vae.quant_conv.bias[VAE_CONFIG.z_dim :] = 0, -30
+        for name, value in (("weight", 0), ("bias", -30)):
+            vae.quant_conv.get_parameter(name)[VAE_CONFIG.z_dim :] = value
     if start is not None:
         vae.load_state_dict(load_file(start / "vae" / f"{STEM}.safetensors"))
     for part in (vae.encoder, vae.quant_conv):
@@ -403,7 +410,7 @@ def export(folder: Path, target: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("part", choices=("clips", "dit", "vae", "export"))
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="clips, states and logs")
     parser.add_argument("--parts", type=int, default=40, help="clips: files of 50")

@@ -35,8 +35,8 @@ class Texture:
     size: float
     turn: float  # radians, within its surface
     shift: tuple[float, float]  # tiles
-    middle: tuple[float, float, float]
-    width: tuple[float, float, float]
+    middle: tuple[float, ...]
+    width: tuple[float, ...]
 
 
 def make_color(rng: Random, name: str, tone: str) -> tuple[float, float, float]:

@@ -65,7 +65,7 @@ def make_motion(rng: Random, x: float, z: float, size: float) -> tuple[Motion, f
     return Motion(kind, period, axis=(x, z)), size, (x, z)
 
 
-def make_parts(shape: str, center: tuple[float, float], half: tuple[float, float, float], lift: float, yaw: float,
+def make_parts(shape: str, center: tuple[float, float], half: tuple[float, ...], lift: float, yaw: float,
                texture: Texture, motion: Motion | None, gloss: float) -> list[Solid]:
     """A thing on the ground or `lift` above it, of one or several solids; the first one has its name."""
     (x, z), (wide, tall, deep), name = center, half, f"{texture.words} {shape}"
