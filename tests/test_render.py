@@ -373,7 +373,7 @@ def test_a_missing_argument_is_one_line(capsys):
     (["--move", "hold", "--size", "65x96"], "even"), (["--poses", "nowhere.npz"], "nowhere.npz"),
     (["--move", "hold", "--depth", "nowhere.npy"], "nowhere.npy"), (["--move", "hold", "--fov", "180"], "fov"),
     (["--move", "hold", "--frames", "0"], "frame"), (["--move", "hold", "--out", "/no/such/folder/w.mp4"], "folder"),
-    (["--move", "hold", "--out", "w.avi"], "mp4"), (["--move", ""], "unknown verb"), (["--poses", ""], "COLMAP"),
+    (["--move", "hold", "--out", "w.avi"], "mp4"), (["--move", ""], "unknown verb"),
     (["--move", "hold", "--size", "999999x999999"], "8192"),
 ])  # fmt: skip
 def test_preview_errors(tmp_path, capsys, arguments, message):
