@@ -55,8 +55,7 @@ DEMO = {
 }
 
 
-HELP = """
-settings (--set NAME=VALUE ...), and what they are else:
+HELP = """settings (--set NAME=VALUE ...), and what they are else:
   geometry=FILE keyframes=8 fov=55     Pi3X weights; pictures it sees at once; the picture's field of view
   resample=true                        stretch the path to --frames or --fps instead of cutting or holding it
   steps=2,2,2 guidance=1 threshold=0.1 numbers of the sampler; docs/options.md has all
@@ -89,7 +88,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     group.add_argument("--weights", type=Path, default=default_weights(), help="folder in the official layout (default:"
                        " weights/Helios-Distilled, else the miniature)")
     group.add_argument("--lora", default="auto", help="file, off, or auto: the one beside the weights, if any")
-    group.add_argument("--memory", choices=MEMORY, default="full", help="how weights are held (docs/memory.md)")
+    group.add_argument("--memory", choices=MEMORY, default="full", metavar="KIND",
+                       help="full, fp8 or stream (docs/memory.md)")
     args = parser.parse_args(words)
     if not words:
         vars(args).update(DEMO)
