@@ -100,11 +100,11 @@ def describe_machine(device: str) -> str:
 
 def check_device(device: str) -> None:
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device!r}: expected cpu, mps, cuda or cuda:N")
+        raise ValueError(f"device {device!r}: expected cpu, mps, cuda or cuda:N")
     if device == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: there is no such device, or this torch was built without it")
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: there is no such device, {torch.cuda.device_count()} found")
+        raise ValueError(f"device {device}: there is no such device, {torch.cuda.device_count()} found")
 
 
 def default_device() -> str:

@@ -70,7 +70,7 @@ def test_devices(monkeypatch):
         with pytest.raises(ValueError, match="expected cpu, mps, cuda or cuda:N"):
             check_device(device)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="--device mps: there is no such device"):
+    with pytest.raises(ValueError, match="device mps: there is no such device"):
         check_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     check_device("mps")
