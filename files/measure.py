@@ -38,3 +38,11 @@ def steadiness(frames: Iterable[np.ndarray], window: int = WINDOW) -> dict[str, 
     if border.any() and inside.any():
         result["seam"] = np.array(steps)[border].mean() / inside.mean()
     return {name: float(value) for name, value in result.items()}
+
+
+def flicker(frames: Iterable[np.ndarray]) -> float:
+    """What goes there and back from one frame [H, W, 3] uint8 to the next: mean absolute distance of the brightness
+    from the mean of the frames before and after, in grey levels; 0 if there are fewer than three."""
+    grays = [frame.mean(-1, dtype=np.float32) for frame in frames]
+    apart = [np.abs(now - (before + after) / 2).mean() for before, now, after in zip(grays, grays[1:], grays[2:])]
+    return float(np.mean(apart)) if apart else 0.0

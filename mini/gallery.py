@@ -21,13 +21,14 @@ from geometry.camera import DEPTH, WINDOW, move_path
 from geometry.surface import pinhole
 from helios.index import read_index
 from helios.load import encode_prompts, load_models
-from mini.ablate import Scene, generate, scene_of
+from mini.judge import generate
+from mini.known import Scene, scene_of
 from mini.world import STILLS, Clip, caption, make_path, make_scene, render
 from model import Helios
+from render import fill_warp
 from wah import model_options
 
-WAYS = {"no camera": (None, {}), "not aligned": ("smooth", {"align": False}), "aligned": ("smooth", {"drop": False}),
-        "aligned, dropped": ("smooth", {})}
+WAYS = {"no camera": None, "not aligned": {"align": False}, "aligned": {"drop": False}, "aligned, dropped": {}}
 
 
 def demo_clip(name: str, size: tuple[int, int]) -> Clip:
@@ -47,9 +48,11 @@ def columns(scene: Scene, weights: Path, seed: int = 0) -> dict[str, np.ndarray]
     """The videos of a row by their titles, [33, H, W, 3] uint8."""
     models, options = load_models(Helios, weights, "cpu"), model_options(weights)
     prompts = encode_prompts(weights, scene.clip.caption, False, False, "cpu")
-    videos = {"picture": scene.video[:, :, :1].expand(-1, -1, WINDOW, -1, -1), "warp": scene.warps["smooth"].frames}
-    for name, (warp, changes) in WAYS.items():
-        videos[name] = generate(models, prompts, scene, seed, warp, replace(options, **changes), None)
+    videos = {"picture": scene.video[:, :, :1].expand(-1, -1, WINDOW, -1, -1),
+              "warp": fill_warp(scene.warp, options.warp_fill).frames}
+    for name, changes in WAYS.items():
+        warp, changed = (None, options) if changes is None else (scene.warp, replace(options, **changes))
+        videos[name] = generate(models, prompts, scene, seed, warp, changed, None)
     videos["truth"] = scene.video
     return {name: to_frames(video / 2 + 0.5) for name, video in videos.items()}
 

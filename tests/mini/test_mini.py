@@ -1,7 +1,6 @@
 """The miniature's making: its latent space, its histories, its training loop, and what is exported."""
 
 import json
-import shutil
 from copy import deepcopy
 from pathlib import Path
 from random import Random
@@ -15,8 +14,7 @@ from helios.index import read_index
 from helios.load import load_models
 from helios.text import Tokenizer
 from helios.vae import VAE
-from mini import ablate, coding
-from mini.ablate import measure
+from mini import coding
 from mini.latents import FRAMES, SIZE, encode_clip, fit_codec, load_codec, make_parts, save_codec, symmetries
 from mini.leaves import make_leaves
 from mini.pretrain import (
@@ -36,6 +34,7 @@ from mini.pretrain import (
 )
 from mini.world import caption, make_clip, make_scene
 from model import Helios, HeliosConfig, rope_table
+from render import smooth_fill
 from sample import main as sample
 from wah import Options, Rollout, model_options
 
@@ -202,65 +201,6 @@ def test_losses_fall(clips):
         assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses
 
 
-def test_exact_warps_show_the_truth():
-    scene = make_scene_of(HELD_OUT + 2000)
-    warp = scene.warps["black"]
-    assert warp.visible[0, 0, 0].all()
-    torch.testing.assert_close(warp.frames[:, :, 0], scene.video[:, :, 0], rtol=0, atol=1e-3)
-    measured = measure(warp.frames, scene)
-    assert measured["psnr visible"] > 28 and measured["ssim visible"] > 0.65 and measured["psnr invisible"] < 20
-    perfect = measure(scene.video, scene)
-    assert perfect["psnr all"] > 99 and perfect["ssim all"] == pytest.approx(1, abs=1e-4)
-    mean = scene.warps["mean"].frames[:, :, -1][:, :, ~scene.visible[0, 0, -1]]
-    torch.testing.assert_close(mean[0, :, 0], scene.video[0, :, 0].mean((1, 2)))
-
-
-def make_scene_of(seed):
-    seed = next(each for each in range(seed, seed + 40) if ablate.suits(each, SMALL))
-    return ablate.make_scene(seed, None, SMALL)
-
-
-def test_cameras_are_found():
-    """In the truth, in a noisy copy of it, and in a video that stands still, whose camera lags by a known motion."""
-    scene = make_scene_of(HELD_OUT + 2017)
-    noise = 0.1 * torch.randn(scene.video.shape, generator=torch.Generator().manual_seed(0))
-    for video, worst in ((scene.video, (0.05, 0.005)), (scene.video + noise, (0.3, 0.05))):
-        error = ablate.camera_error(video, scene, [20])
-        assert error["turn, degrees"] < worst[0] and error["shift, m"] < worst[1]
-    still = ablate.camera_error(scene.video[:, :, :1].expand_as(scene.video), scene, [16, 32])
-    c2w = scene.clip.c2w.double()
-    apart = torch.linalg.inv(c2w[[16, 32]]) @ c2w[0]
-    angles = ((apart[:, 0, 0] + apart[:, 1, 1] + apart[:, 2, 2] - 1) / 2).acos().rad2deg()
-    assert still["turn, degrees"] == pytest.approx(angles.mean().item(), abs=0.05) and angles.mean() > 5
-    assert still["shift, m"] == pytest.approx(apart[:, :3, 3].norm(dim=1).mean().item(), abs=0.005)
-
-
-def test_ghosts_are_counted_where_nothing_is_visible():
-    scene = make_scene_of(HELD_OUT + 2000)
-    assert measure(scene.warps["mean"].frames, scene)["ghost"] == 1
-    assert measure(scene.warps["black"].frames, scene)["ghost"] == 0
-    assert measure(scene.video, scene)["ghost"] < 0.3
-
-
-def test_ablation_table(exported, tmp_path, monkeypatch):
-    """Every variant is measured on the same scenes and seeds, the camera once a scene."""
-    index = json.loads((exported / "model_index.json").read_text())
-    small = tmp_path / "small"
-    shutil.copytree(exported, small)
-    (small / "model_index.json").write_text(json.dumps(index | {"height": SMALL[0], "width": SMALL[1]}))
-    words = ["--weights", str(small), "--scenes", "1", "--seeds", "2", "--out", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["ablate", *words, "--processes", "1", "--found", "16"])
-    ablate.main()
-    table = (tmp_path / "ablation.md").read_text().splitlines()
-    names = [line.split("|")[1].strip() for line in table[2:]]
-    assert names[:2] == ["truth", "VAE of the truth"] and names[6:8] == ["no camera", "not aligned, dropped"]
-    assert len(names) == 14
-    results = json.loads((tmp_path / "ablation.json").read_text())
-    assert [len(rows) for rows in results.values()] == [1] * 6 + [2] * 8
-    assert all(["shift, m" in row for row in rows] == [True, False][:len(rows)] for rows in results.values())
-    assert results["truth"][0]["psnr all"] > 99 and (tmp_path / "ablation.png").is_file()
-
-
 def test_batches_go_through_the_vae_as_frames_do():
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG)
@@ -288,7 +228,7 @@ def test_holes_are_filled_from_around_them():
     frames[..., :10], frames[..., 10:] = -0.5, 0.5
     visible[:, :, 0, 4:9, 2:5] = visible[:, :, 0, 3:10, 8:12] = 0
     broken = torch.where(visible > 0, frames, 9.0)
-    filled = ablate.smooth_fill(broken, visible)
+    filled = smooth_fill(broken, visible)
     assert torch.equal(filled[visible.expand_as(filled) > 0], frames[visible.expand_as(frames) > 0])
     torch.testing.assert_close(filled[:, :, 0, 4:9, 2:5], frames[:, :, 0, 4:9, 2:5], rtol=0, atol=0.02)
     across = filled[0, 0, 0, 6, 8:12]
