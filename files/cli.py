@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TypeVar
 
-from files.machine import out_of_memory
+from files.machine import choose_products, out_of_memory
 from files.settings import setting_names
 
 T = TypeVar("T")
@@ -57,6 +57,7 @@ def run_program(name: str, program: Callable[[argparse.Namespace], None], args: 
     for stream in (sys.stdout, sys.stderr):  # a console that has not all letters shows others; None if it is closed
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    choose_products()
     try:
         program(args)
     except (ValueError, OSError) as error:

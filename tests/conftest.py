@@ -1,10 +1,13 @@
-"""One thread, so that the small models run fast and alike everywhere; and the parity table after the run."""
+"""One thread and one kind of products, so that the small models run fast and alike everywhere; and the parity table after the run."""
 
 import goldens
 import pytest
 import torch
 
+from files.machine import choose_products
+
 torch.set_num_threads(1)
+choose_products()  # as all programs do
 
 
 def pytest_sessionfinish(session):

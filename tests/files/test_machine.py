@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from files import machine
 from files.cli import run_program
-from files.machine import check_device, free_memory, host_memory, network_dtype, peak_memory
+from files.machine import check_device, choose_products, free_memory, host_memory, network_dtype, peak_memory
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux itself")
@@ -172,3 +172,21 @@ def test_no_device_needs_doubles(monkeypatch):
     assert item.timestep.dtype == torch.float32 and picture.dtype == torch.float32
     assert not Device.doubles, "\n".join(Device.doubles)
     assert machine.network_dtype("cpu") == torch.float32
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_products_stay_fp32(monkeypatch, rounds):
+    """The faster products are taken where they are as exact; where a processor would round in them all stays."""
+    products = torch.backends.mkldnn.matmul
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "ieee"
+        with monkeypatch.context() as patch:
+            if rounds:
+                patch.setattr(torch, "eye", lambda n: torch.zeros(n, n))
+            choose_products()
+        x = torch.randn(300, 400, generator=torch.Generator().manual_seed(0))
+        assert ((x @ x.T).double() - x.double() @ x.T.double()).abs().max() < 1e-3
+        assert not rounds or products.fp32_precision == "ieee"
+    finally:
+        products.fp32_precision = before
