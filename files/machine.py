@@ -20,11 +20,11 @@ def network_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def choose_products() -> None:
-    """Matrix products of fp32 by oneDNN instead of MKL, which is half as fast on processors of other makers than its own.
+    """Matrix products of fp32 by oneDNN instead of MKL, which is half as fast on processors that are not Intel's.
 
     The one switch for it also allows rounding to bf16 inside: a processor that does so (AMX) keeps what it had.
     """
-    products = torch.backends.mkldnn.matmul
+    products = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before, products.fp32_precision = products.fp32_precision, "bf16"
     fine = torch.full((256, 256), 1 + 2.0**-20)
     if not torch.equal(fine @ torch.eye(256), fine):
