@@ -34,7 +34,7 @@ from files.writing import identity, replacing
 from geometry.camera import WINDOW, CameraPath, describe, normalize, resolve_lens
 from geometry.paths import load_path
 from geometry.pi3x import Pi3X, load_pi3x
-from geometry.surface import Geometry, ensure_valid, estimate, place, transform
+from geometry.surface import PIXEL_LIMIT, Geometry, ensure_valid, estimate, place, transform
 from helios.load import add_trigger
 from helios.taehv import TAEHV
 from helios.vae import VAE
@@ -228,12 +228,12 @@ def estimate_clip(weights: Path, network: Callable[[], Pi3X], frames: Tensor, pi
     return path
 
 
-def read_depths(path: Path) -> tuple[list[Tensor], tuple[str, ...] | None]:
+def read_depths(path: Path, inverse: bool = False) -> tuple[list[Tensor], tuple[str, ...] | None]:
     """A depth map [h, w] of each frame, from .npy or .npz [T, h, w] or a folder of 16-bit pictures, whose names come
-    with them."""
+    with them. With `inverse` they hold 1 / z."""
     if path.is_dir():
         files = media.list_pictures(path)
-        return [load_depth(file) for file in files], tuple(file.name for file in files)
+        return [load_depth(file, inverse) for file in files], tuple(file.name for file in files)
     arrays = read_arrays(path)
     if len(arrays) != 1 and "depth" not in arrays:
         raise ValueError(f"{path}: arrays {', '.join(sorted(arrays))}, expected one, or one named 'depth'")
@@ -241,7 +241,7 @@ def read_depths(path: Path) -> tuple[list[Tensor], tuple[str, ...] | None]:
     if depth.ndim != 3 or depth.dtype.kind not in "fiu":
         raise ValueError(f"{path}: array of {depth.shape}, type {depth.dtype}, expected numbers [T, height, width]")
     maps = torch.from_numpy(depth.astype(np.float32))
-    return [known_depth(each, f"{path}, map {index}", least=0) for index, each in enumerate(maps)], None
+    return [known_depth(each, f"{path}, map {index}", inverse, least=0) for index, each in enumerate(maps)], None
 
 
 def pair(names: tuple[str, ...] | None, frames: list[str], count: int, where: Path) -> list[int]:
@@ -265,21 +265,37 @@ def files_beside(video: Path) -> tuple[Path, Path] | None:
     return files if all(file.is_file() for file in files) else None
 
 
-def known_geometry(video: Path, poses: Path, depth: Path, frames: Tensor, where: Where) -> Path:
-    """The geometry of a clip whose camera and depths are known, in one unit, as a file."""
-    camera, (depths, names) = load_path(poses, fill=False), read_depths(depth)
-    height, width = frames.shape[2:]
+def steady_path(poses: Path) -> CameraPath:
+    """The camera of a clip, one pose a frame, with one lens."""
+    camera = load_path(poses, fill=False)
     if camera.zoom is not None and (camera.zoom - 1).abs().max() > 0.01:
         raise ValueError(f"{poses}: the focal length changes on the way, expected one that stays")
-    listed = [file.name for file in media.list_pictures(video)] if video.is_dir() else [""] * len(frames)
-    camera_of, geometries = pair(camera.names, listed, len(camera.c2w), poses), []
-    depth_of = pair(names, listed, len(depths), depth)
-    for index, picture in enumerate(media.read_frames(video)):
-        pose, image = camera.c2w[camera_of[index]], Image.fromarray(picture)
-        lens, _ = resolve_lens(camera, image.width, image.height)
-        _, geometry = place(image, depths[depth_of[index]], lens, (height, width))
+    return camera
+
+
+def given_geometry(video: Path, camera: CameraPath, poses: Path, depth: Path, count: int, size: tuple[int, int],
+                   inverse: bool = False, fov: tuple[float, ...] | None = None,
+                   limit: int = PIXEL_LIMIT) -> Iterator[Geometry]:
+    """Frame by frame, of a video of `count` frames at `size`: from its `camera`, of the file `poses`, and its depths,
+    in one unit. Names of frames tell what belongs together, where there are any."""
+    depths, names = read_depths(depth, inverse)
+    listed = [file.name for file in media.list_pictures(video)] if video.is_dir() else [""] * count
+    camera_of, depth_of = pair(camera.names, listed, len(camera.c2w), poses), pair(names, listed, len(depths), depth)
+    for picture, at, map_at in zip(media.read_frames(video), camera_of, depth_of):
+        pose, image = camera.c2w[at], Image.fromarray(picture)
+        lens, _ = resolve_lens(camera, image.width, image.height, fov)
+        try:
+            _, geometry = place(image, depths[map_at], lens, size, limit=limit)
+        except ValueError as error:
+            raise ValueError(f"{depth}: {error}") from None
         points = torch.stack(transform(pose, *geometry.points.unbind(-1)), dim=-1)
-        geometries.append(replace(geometry, points=points, c2w=pose))
+        yield replace(geometry, points=points, c2w=pose)
+
+
+def known_geometry(video: Path, poses: Path, depth: Path, frames: Tensor, where: Where) -> Path:
+    """The geometry of a clip whose camera and depths are known, in one unit, as a file."""
+    height, width = frames.shape[2:]
+    geometries = list(given_geometry(video, steady_path(poses), poses, depth, len(frames), (height, width)))
     digests = [torch.cat([each.points.flatten(), each.c2w.flatten()]).numpy().tobytes() for each in geometries]
     path = geometry_file(where, frames.numpy().tobytes(), *digests)
     if not path.is_file():
@@ -300,8 +316,7 @@ class Geometries:
         index = len(self.c2w) - 1 - index if self.backwards else index
         with open_safetensors(self.path) as file:
             maps = {field.name: file.get_slice(field.name)[index] for field in fields(Geometry)}
-        on_cpu = {name: maps.pop(name) for name in ("K", "c2w")}  # the renderer wants them there
-        return Geometry(**{name: each.to(self.device) for name, each in maps.items()}, **on_cpu)
+        return Geometry(**maps).to(self.device)
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ class Geometry:
     def has_depth(self) -> Tensor:
         return self.depth.isfinite() & (self.depth > 0)
 
+    def to(self, device: torch.device | str) -> "Geometry":
+        """Its maps on a device; the camera stays on the CPU, where the renderer wants it."""
+        maps = {name: each.to(device) for name, each in vars(self).items() if name not in ("K", "c2w")}
+        return replace(self, **maps)
+
 
 def geometry_size(height: int, width: int, limit: int = PIXEL_LIMIT) -> tuple[int, int]:
     """Multiples of 14 near the aspect ratio with at most `limit` pixels (Pi3X input size) -> height, width."""
