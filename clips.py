@@ -273,14 +273,16 @@ def steady_path(poses: Path) -> CameraPath:
     return camera
 
 
-def given_geometry(video: Path, camera: CameraPath, poses: Path, depth: Path, count: int, size: tuple[int, int],
-                   inverse: bool = False, fov: tuple[float, ...] | None = None,
+def given_geometry(video: Path, camera: CameraPath, poses: Path | None, depth: Path | None, count: int,
+                   size: tuple[int, int], inverse: bool = False, fov: tuple[float, ...] | None = None,
                    limit: int = PIXEL_LIMIT) -> Iterator[Geometry]:
     """Frame by frame, of a video of `count` frames at `size`: from its `camera`, of the file `poses`, and its depths,
-    in one unit. Names of frames tell what belongs together, where there are any."""
-    depths, names = read_depths(depth, inverse)
+    in one unit; without any it is a plane at depth 1. Names of frames tell what belongs together, where there are
+    any."""
+    depths, names = ([torch.ones(1, 1)] * count, None) if depth is None else read_depths(depth, inverse)
     listed = [file.name for file in media.list_pictures(video)] if video.is_dir() else [""] * count
-    camera_of, depth_of = pair(camera.names, listed, len(camera.c2w), poses), pair(names, listed, len(depths), depth)
+    camera_of = pair(camera.names, listed, len(camera.c2w), poses or video)
+    depth_of = pair(names, listed, len(depths), depth or video)
     for picture, at, map_at in zip(media.read_frames(video), camera_of, depth_of):
         pose, image = camera.c2w[at], Image.fromarray(picture)
         lens, _ = resolve_lens(camera, image.width, image.height, fov)

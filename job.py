@@ -12,15 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
+from clips import files_beside, find_video, given_geometry, steady_path
 from files.checkpoint import build, weight_files
 from files.cli import check_frames, parse_size
 from files.machine import check_device, default_device, network_dtype
 from files.media import fit_image, is_video, load_image, read_frames, read_mask, resize_frame
 from files.settings import parse_settings, require
-from geometry.camera import WINDOW, CameraPath, describe, retime
-from geometry.pi3x import Pi3X, find_pi3x, pi3x_source
+from files.video import is_film, read_rate
+from geometry.camera import WINDOW, CameraPath, describe, hold, resolve_lens, retime
+from geometry.pi3x import Pi3X, find_pi3x, load_pi3x, pi3x_source
 from geometry.scene import choose_unit, given_scene, known_lens, read_path
 from geometry.surface import PIXEL_LIMIT
 from helios.flow import load_schedule
@@ -31,6 +34,7 @@ from helios.taehv import find_taehv
 from memory import Camera, Memory
 from model import Helios
 from render import RenderSettings, Warp, make_warp
+from reshoot import RELATIVE, Reshoot, estimate_frames, filmed_path
 from wah import Options, model_options
 
 PRESETS = {"official": {}, "realtime": {
@@ -53,7 +57,10 @@ class Settings(Options):
     fov: tuple[float, ...] | None = None
     unit: str | None = None  # of the path: depth, 0.2depth, same, meter or a number (docs/paths.md); none: the file's
     inverse_depth: bool = False  # --depth holds 1 / z, as relative depth networks give it
-    resample: bool = False  # stretches or squeezes the path to --frames or --fps, instead of cutting or holding it
+    relative: str = "clip"  # --video: poses are relative to the clip's camera at the same time; or first: in frame 0
+    poses_of_clip: Path | None = None  # --video with --depth: where the clip's camera is; none: it stands
+    fps: float | None = None  # frame rate of the video; none: the clip's or the path file's, or 16
+    resample: bool = False  # stretches or squeezes the path to --frames or fps, instead of cutting or holding it
     check: bool = False  # measures seams, drift and, with Pi3X, the camera of the video: out_check.json
     latents: Path | None = None  # also writes the latents (.safetensors, key `latents`)
     vae: str = "wan"  # or taehv, a tiny one that makes another video of a seed; or taehv-decode, where it only decodes
@@ -73,6 +80,8 @@ class Settings(Options):
             ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
             ("fov", self.fov is None or len(self.fov) < 3 and all(1 <= each <= 179 for each in self.fov),
              "degrees from 1 to 179"),
+            ("relative", self.relative in RELATIVE, " or ".join(RELATIVE)),
+            ("fps", 1 <= (self.fps or 1) <= 240 and self.fps != 0, "from 1 to 240"),
             ("unit", self.unit != "", "depth, 0.2depth, same, meter or a number"),
             ("latents", latents is None or latents.suffix == ".safetensors", "a file name that ends in .safetensors"),
         )
@@ -109,7 +118,8 @@ class Job:
     controls: Iterator[Control]  # chunk by chunk
     led: bool  # by a warp, rendered or given
     lora: Lora | None
-    path: CameraPath | None
+    path: CameraPath | None  # of the result's camera
+    filmed: CameraPath | None  # the path that was found in a clip
     pi3x_file: Path | None  # whose geometry leads, or checks the result
     pi3x: Callable[[], Pi3X] | None
 
@@ -138,22 +148,20 @@ def warp_chunks(warp: Path, mask: Path | None, frames: int, size: tuple[int, int
         yield Control(warp=make_warp(take(pictures), None if masks is None else take(masks), size))
 
 
-def count_warp(warp: Path, mask: Path | None, asked: int | None) -> int:
-    """Frames to make from a warp; the whole warp and mask are read once to be sure that they are there."""
-    there = sum(1 for _ in read_frames(warp))
+def count_frames(video: Path, asked: int | None, mask: Path | None = None) -> int:
+    """Frames to make from a warp or a clip; it and its mask are read once to be sure that all are there."""
+    there = sum(1 for _ in read_frames(video))
     masked = there if mask is None else sum(1 for _ in read_mask(mask))
     if masked != there:
-        raise ValueError(f"{mask} has {masked} frames, expected {there} as {warp}")
+        raise ValueError(f"{mask} has {masked} frames, expected {there} as {video}")
     if asked is not None and there < asked:
-        raise ValueError(f"{warp} has {there} frames, expected at least {asked} (--frames)")
+        raise ValueError(f"{video} has {there} frames, expected at least {asked} (--frames)")
     return there if asked is None else asked
 
 
 def check(args: argparse.Namespace, settings: Settings) -> None:
     """What can be said of the words alone."""
     check_frames(args.frames)
-    if args.fps is not None and not 1 <= args.fps <= 240:
-        raise ValueError(f"--fps {args.fps:g}: expected a number from 1 to 240")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
     if args.warp is not None and len(args.warp) > 2:
@@ -161,8 +169,10 @@ def check(args: argparse.Namespace, settings: Settings) -> None:
     path = args.poses is not None or args.move is not None
     if args.depth is not None and not path:
         raise ValueError("--depth needs a camera path: --poses or --move")
-    if args.image is None and (path or args.warp is not None):
-        raise ValueError("a camera needs --image: the picture that it moves through")
+    if args.image is None and (path and args.video is None or args.warp is not None):
+        raise ValueError("a camera needs --image: the picture that it moves through" + " (or --video)" * path)
+    if args.image is not None and is_video(args.image):
+        raise ValueError(f"--image {args.image}: not a picture; a video is given as --video {args.image}")
     check_settings(args, settings, path)
     stages = load_schedule(args.weights).stages
     if len(settings.steps) != stages:
@@ -176,7 +186,9 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
     needs = ({name: (path, "a camera path: --poses or --move") for name in
               ("geometry", "keyframes", "fov", "unit", "resample", "samples",
                "geometry_pixels")}
-             | {"inverse_depth": (args.depth is not None, "--depth")}
+             | {"inverse_depth": (args.depth is not None, "--depth"),
+                "poses_of_clip": (args.video is not None and args.depth is not None, "--video and --depth"),
+                "relative": (path and args.video is not None, "--video and a camera path: --poses or --move")}
              | {name: (path or args.warp is not None, "a camera: --poses, --move or --warp") for name in
                 ("align", "drop", "threshold", "warp_noise", "warp_sigma", "warp_band", "warp_fill", "previous",
                  "mask_lag")})
@@ -184,7 +196,7 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
         met, need = needs[name]
         if not met:
             raise ValueError(f"--set {name}: needs {need}")
-    if args.depth is not None:
+    if args.depth is not None and not is_filmed(args):
         for name in sorted(set_here & {"geometry", "keyframes"}):
             if not (name == "geometry" and settings.check):
                 raise ValueError(f"--set {name}: Pi3X is not used beside --depth")
@@ -193,6 +205,8 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
 def load_settings(args: argparse.Namespace) -> Settings:
     """The words of --set over the official numbers for the weights."""
     args.weights = check_weights(args.weights)
+    if args.video is not None:
+        args.video = find_video(str(args.video))
     defaults = model_options(args.weights, Settings(samples=read_index(args.weights).samples))
     named = [word.partition("=")[2] for word in args.set if word.startswith("preset=")]
     if named and named[-1] == "realtime":
@@ -227,15 +241,77 @@ def open_pi3x(args: argparse.Namespace, settings: Settings,
               frames: int) -> tuple[Path | None, Callable[[], Pi3X] | None]:
     """The geometry network of a run along a path, where it is needed and there is one."""
     file = find_pi3x(settings.geometry, args.weights)
-    if file is None or args.depth is not None and not settings.check:
+    known = args.depth is not None or clip_files(args, settings) is not None
+    if file is None or known and not settings.check and not is_filmed(args):
         return None, None
-    often = args.depth is None and frames > WINDOW
+    often = not known and args.video is None and frames > WINDOW
     return file, pi3x_source(file, settings.device, weight_files(args.weights / "transformer"), often)
 
 
+def is_filmed(args: argparse.Namespace) -> bool:
+    """Whether the path is that of a clip's camera."""
+    return args.poses is not None and is_film(args.poses)
+
+
+def film(args: argparse.Namespace, settings: Settings, file: Path | None) -> CameraPath:
+    """The path of a clip's camera, by Pi3X; says how sure it is."""
+    if file is None or (settings.keyframes or read_index(args.weights).keyframes) == 1:
+        why = "there is no Pi3X here" if file is None else f"{file} does not know how cameras stand to each other"
+        raise ValueError(f"--poses {args.poses}: the path of a clip's camera takes Pi3X, and {why}; --set geometry=FILE"
+                         " keyframes=8 gives one that does (weights/README.md)")
+    network = load_pi3x(file, settings.device, network_dtype(settings.device))
+    path, sure = filmed_path(network, args.poses, settings.geometry_pixels)
+    print(f"{args.poses}: the camera by {file}, {describe(path)}, mean confidence {sure:.2f} of 1")
+    return path
+
+
+def clip_files(args: argparse.Namespace, settings: Settings) -> tuple[Path | None, Path] | None:
+    """Poses, if any, and depths of a clip that is shot again, where they are given or lie beside it."""
+    if args.video is None or args.poses is None and args.move is None:
+        return None
+    if args.depth is not None:
+        return settings.poses_of_clip, args.depth
+    return files_beside(args.video) if settings.geometry is None else None
+
+
+def start_clip(args: argparse.Namespace, settings: Settings, size: tuple[int, int], path: CameraPath, frames: int,
+               file: Path | None, pi3x: Callable[[], Pi3X] | None) -> Start:
+    """The first of a clip's `frames`, and the camera in the geometry of all; says where that comes from."""
+    first, limit = Image.fromarray(next(read_frames(args.video))), settings.geometry_pixels
+    poses, depth = clip_files(args, settings) or (None, None)
+    if depth is None and pi3x is not None:
+        together = (settings.keyframes or read_index(args.weights).keyframes) > 1
+        K, words = known_lens(first, path, size, settings.fov)
+        pictures = islice(read_frames(args.video), frames)
+        images = [fit_image(Image.fromarray(picture), size) for picture in pictures]
+        geometries = estimate_frames(pi3x(), images, together, limit, K)
+        words = f"Pi3X of {file}, {'all frames together' if together else 'each frame by itself'}{words}"
+        camera = "found by it" if together else "taken to stand"
+    else:
+        if settings.keyframes is not None and not is_filmed(args):
+            raise ValueError(f"--set keyframes: Pi3X is not used beside {depth}" if depth else
+                             "--set keyframes: there is no Pi3X here")
+        count = sum(1 for _ in read_frames(args.video))
+        known = CameraPath(torch.eye(4).repeat(count, 1, 1)) if poses is None else steady_path(poses)
+        known = replace(known, lens=path.lens, size=path.size) if known.lens is None else known
+        geometries = list(islice(given_geometry(args.video, known, poses, depth, count, size, settings.inverse_depth,
+                                                settings.fov, limit or PIXEL_LIMIT), frames))
+        lens = resolve_lens(known, first.width, first.height, settings.fov)[1]
+        words = f"{depth or 'neither Pi3X nor depths, so the clip stands on a plane at depth 1'}, {lens}"
+        camera = poses or "taken to stand"
+    unit = choose_unit(settings.unit or path.unit, geometries[0])
+    print(f"geometry: {words}; the clip's camera: {camera}\ncamera: {describe(path)}, relative to the clip's"
+          f" {'at the same time' if settings.relative == 'clip' else 'first one'}; one unit of it is {unit:.4g} of the"
+          " geometry's")
+    shot = Reshoot(geometries, size, unit, RenderSettings(settings.samples), settings.relative, settings.device)
+    return Start(image=fit_image(first, size).to(settings.device), camera=shot)
+
+
 def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, int], path: CameraPath, file: Path | None,
-               pi3x: Callable[[], Pi3X] | None) -> Start:
-    """The picture and the camera in its geometry; says where that comes from."""
+               pi3x: Callable[[], Pi3X] | None, frames: int = WINDOW) -> Start:
+    """The picture, or the first of a clip's `frames`, and the camera in the geometry; says where that comes from."""
+    if args.video is not None:
+        return start_clip(args, settings, size, path, frames, file, pi3x)
     picture = load_image(args.image)
     rendering, limit = RenderSettings(settings.samples), settings.geometry_pixels
     if args.depth is None and pi3x is not None:
@@ -256,11 +332,6 @@ def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, in
     return Start(image=image, camera=camera)
 
 
-def start_picture(path: Path, size: tuple[int, int]) -> Start:
-    """Without a camera: a picture that is stretched to `size`, or a video."""
-    return start_video(path, size) if is_video(path) else Start(fit_image(load_image(path), size, crop=False))
-
-
 def start_video(path: Path, size: tuple[int, int]) -> Start:
     """Frames are resized as they are read: a long video of a large size would not fit in memory."""
     frames = np.stack([resize_frame(frame, size) for frame in read_frames(path)])
@@ -272,25 +343,34 @@ def start_video(path: Path, size: tuple[int, int]) -> Start:
 def prepare(args: argparse.Namespace, settings: Settings) -> Job:
     """Read and check all inputs but the networks; raises ValueError or OSError with one line."""
     size = choose_size(args)
-    path = read_path(args.poses, args.move) if args.poses or args.move is not None else None
-    led = path is not None or args.warp is not None
+    along = args.poses is not None or args.move is not None
+    led, filmed = along or args.warp is not None, None
+    path = read_path(args.poses, args.move) if along and not is_filmed(args) else None
     lora = choose_lora(args, settings, led)
     precision = str(network_dtype(settings.device)).removeprefix("torch.")
     print(f"weights {args.weights}, LoRA {lora.source if lora else 'none'}, {settings.device} in {precision},"
           f" seed {args.seed}, preset {settings.preset}")
-    frames, fps, file, pi3x = args.frames or WINDOW, args.fps or 16, None, None
+    frames, fps, file, pi3x = args.frames or WINDOW, settings.fps or 16, None, None
     start, controls = Start(), iter([])
-    if path is not None:
-        path, frames, fps = retime(path, args.frames, args.fps, settings.resample)
+    if along:
+        if path is None:
+            path = filmed = film(args, settings, find_pi3x(settings.geometry, args.weights))
+        length = args.frames if args.video is None else count_frames(args.video, args.frames)
+        rate = read_rate(args.video) if settings.fps is None and args.video is not None else settings.fps
+        path, frames, fps = retime(path, length, rate, settings.resample)
         file, pi3x = open_pi3x(args, settings, frames)
-        start, controls = start_path(args, settings, size, path, file, pi3x), pose_chunks(path.c2w, frames, path.zoom)
+        controls = pose_chunks(path.c2w, frames, path.zoom)
+        start = start_path(args, settings, size, path, file, pi3x, frames)
+        if isinstance(start.camera, Reshoot):
+            path = replace(path, c2w=start.camera.world(hold(path.c2w, frames)))
     elif args.warp is not None:
         warp, mask = args.warp[0], args.warp[1] if len(args.warp) > 1 else None
-        frames = count_warp(warp, mask, args.frames)
-        start = Start(fit_image(load_image(args.image), size, crop=False))
+        frames = count_frames(warp, args.frames, mask)
         controls = warp_chunks(warp, mask, frames, size)
-    elif args.image is not None:
-        start = start_picture(args.image, size)
+    elif args.video is not None:
+        start = start_video(args.video, size)
+    if args.image is not None and not along:
+        start = Start(fit_image(load_image(args.image), size, crop=False))
     if not led:
         controls = (Control() for _ in range(-(-frames // WINDOW)))
-    return Job(settings, size, frames, fps, start, controls, led, lora, path, file, pi3x)
+    return Job(settings, size, frames, fps, start, controls, led, lora, path, filmed, file, pi3x)

@@ -3,7 +3,8 @@
     python sample.py --image x.png --poses p.json --prompt "..." --weights weights/Helios-Distilled --out out.mp4
 
 The camera is given as a file of poses, as moves ("forward 1, yaw -20"), or as a finished warp video with its mask; with
-none of them Helios runs as it is (text to video, image to video, or --image with a video that is to be continued).
+none of them Helios runs as it is (text to video, image to video, or --video, which is continued). A video with a camera
+path is shot again along it (reshoot.py), and a video given as --poses lends its own camera's path.
 Without any argument it makes the demo's video. Everything is checked before the first file is written. Every chunk is
 on disk as soon as it is made, and --continue goes on after the last one (files/output.py). At the end there is one mp4,
 and beside it a warp video and a contact sheet. Unlike the official program, which rounds up to whole chunks and cuts to
@@ -34,12 +35,13 @@ from files.output import Output, parts_folder
 from files.video import try_encoder
 from files.writing import beside, check_apart, check_outputs, fingerprint, replacing
 from geometry.camera import WINDOW, CameraPath, path_error
+from geometry.paths import path_json
 from geometry.pi3x import Pi3X, find_pi3x
 from geometry.scene import describe_visible
 from geometry.surface import estimate
 from helios.load import MEMORY, default_weights, encode_each, files_read, find_lora, load_models, prompt_at
 from helios.taehv import find_taehv
-from job import Job, Settings, check, load_settings, prepare
+from job import Job, Settings, check, clip_files, is_filmed, load_settings, prepare
 from model import Helios
 from wah import Chunk, Options, Rollout
 
@@ -57,7 +59,7 @@ DEMO = {
 
 HELP = """settings (--set NAME=VALUE ...), and what they are else:
   geometry=FILE keyframes=8 fov=55     Pi3X weights; pictures it sees at once; the picture's field of view
-  resample=true                        stretch the path to --frames or --fps instead of cutting or holding it
+  fps=24 resample=true                 frame rate; stretch the path to it or to --frames instead of cutting or holding
   steps=2,2,2 guidance=1 threshold=0.1 numbers of the sampler; docs/options.md has all
   align=false drop=false               the paper's ideas switched off
   check=true latents=x.safetensors     measure the camera of the result; keep its latents
@@ -68,19 +70,20 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser = Parser("sample.py", "Make a video that follows a camera path through a picture.", Settings())
     parser.epilog, parser.formatter_class = HELP, argparse.RawDescriptionHelpFormatter
     group = parser.add_argument_group("picture and camera")
-    group.add_argument("--image", type=Path, help="first frame (any picture); a video here is continued")
+    shown = group.add_mutually_exclusive_group()
+    shown.add_argument("--image", type=Path, help="first frame (any picture)")
+    shown.add_argument("--video", type=Path, help="a clip: shot again along a path, else continued")
     camera = group.add_mutually_exclusive_group()
-    camera.add_argument("--poses", type=Path, help="camera path, a file or a COLMAP folder (docs/paths.md)")
+    camera.add_argument("--poses", type=Path, help="camera path: a file, a COLMAP folder or a clip")
     camera.add_argument("--move", help='in words, a chunk of 33 frames each: "forward 1, yaw -20, hold"')
     camera.add_argument("--warp", type=Path, nargs="+", help="finished warp, mp4 or npy; and its mask, else all"
                                                              " is visible")
-    group.add_argument("--depth", type=Path, help="depth map of the picture, instead of Pi3X: npy, npz, 16-bit png")
+    group.add_argument("--depth", type=Path, help="depth map of the picture, or one a frame, instead of Pi3X")
     group.add_argument("--prompt", default="", help='what it shows; for each chunk: "a street | the same at night"')
     group = parser.add_argument_group("output")
     group.add_argument("--out", type=Path, default=Path("out.mp4"))
     group.add_argument("--size", help="HEIGHTxWIDTH, multiples of 64, or 16 (default: 384x640, or the model's own)")
     group.add_argument("--frames", type=int, help="length (default: that of the path or warp, or 33)")
-    group.add_argument("--fps", type=float, help="frame rate (default: the path file's, or 16)")
     group.add_argument("--seed", type=int, default=0)
     group.add_argument("--continue", action="store_true", dest="resume", help="go on with the video that the"
                                                                               " same words began")
@@ -149,7 +152,8 @@ def describe_job(args: argparse.Namespace, job: Job) -> dict:
         "dtype": str(network_dtype(job.settings.device)), "lora": Path(job.lora.source) if job.lora else None,
         "weights": fingerprint(args.weights, files_read(args.weights)),
         "geometry": job.pi3x_file, "taehv": None if job.settings.vae == "wan" else find_taehv(args.weights),
-        "warp": [fingerprint(path) for path in args.warp or ()]}
+        "warp": [fingerprint(path) for path in args.warp or ()],
+        "clip": [fingerprint(path) for path in existing(*(clip_files(args, job.settings) or ()))]}
     return {name: fingerprint(value) if isinstance(value, Path) else value
             for name, value in about.items() if name not in FREE}
 
@@ -172,9 +176,12 @@ def name_files(args: argparse.Namespace, settings: Settings) -> tuple[dict[str, 
         outputs["latents"] = settings.latents
     if settings.check:
         outputs["check"] = args.out.with_name(f"{args.out.stem}_check.json")
+    if is_filmed(args):
+        outputs["path"] = args.out.with_name(f"{args.out.stem}_path.json")
     geometry = find_pi3x(settings.geometry, args.weights)
     lora = find_lora(args.lora, args.weights, led)
-    inputs = existing(args.image, args.poses, args.depth, *(args.warp or ()), args.weights, geometry, lora)
+    inputs = existing(args.image, args.video, args.poses, args.depth, *(args.warp or ()), args.weights, geometry, lora,
+                      *(clip_files(args, settings) or ()))
     parts = parts_folder(args.out)
     check_outputs(outputs, [*inputs, *([parts] if parts.is_dir() else [])])
     check_apart([parts], inputs)
@@ -244,6 +251,8 @@ def run(args: argparse.Namespace) -> None:
             save_png(files["sheet"], output.sheet())
             if "latents" in files:
                 files["latents"].write_bytes(save({"latents": output.latents(rollout.given)}))
+            if job.filmed is not None:
+                files["path"].write_text(path_json(job.filmed) + "\n")
             if "check" in files:
                 found = measure(job, files["video"])
                 files["check"].write_text(json.dumps(found, indent=1) + "\n")

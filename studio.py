@@ -7,7 +7,6 @@ the first's.
 """
 
 import argparse
-import json
 import tempfile
 import threading
 import time
@@ -25,6 +24,7 @@ from files.media import to_frames
 from files.video import write_video
 from geometry.camera import WINDOW, CameraPath
 from geometry.flight import drive, film
+from geometry.paths import path_json
 from geometry.surface import Geometry
 from helios.load import Prompts, encode_prompts, load_models
 from memory import Camera, Memory
@@ -56,14 +56,18 @@ class Studio:
         self.prompts: tuple[str, Prompts] | None = None
         self.open(args.image, args.depth)
 
-    def open(self, image: Path, depth: Path | None = None) -> None:
-        """Another picture; the old world is forgotten. Raises ValueError or OSError, and nothing changes then."""
-        words = argparse.Namespace(**{**vars(self.args), "image": image, "depth": depth})
+    def open(self, image: Path | None, depth: Path | None = None) -> None:
+        """Another picture, or the clip that the words name; the old world is forgotten. Raises ValueError or OSError,
+        and nothing changes then."""
+        video = self.args.video if image is None else None
+        known = {"image": image, "depth": depth, "video": video, "move": "hold"}
+        words = argparse.Namespace(**{**vars(self.args), **known})
+        frames = 2 * WINDOW if video is None else job.count_frames(video, None)
         still = CameraPath(torch.eye(4).repeat(2, 1, 1))
 
         def start() -> job.Start:
-            file, pi3x = job.open_pi3x(words, self.settings, 2 * WINDOW)
-            return job.start_path(words, self.settings, self.size, still, file, pi3x)
+            file, pi3x = job.open_pi3x(words, self.settings, frames)
+            return job.start_path(words, self.settings, self.size, still, file, pi3x, frames)
 
         self.first, self.start = start(), start
         self.worlds += 1  # so that pages notice
@@ -206,7 +210,7 @@ class Studio:
         """The film as "mp4", its path as "json" (which sample.py reads), the picture's points as "ply"."""
         if kind == "json":
             path = self.path if len(self.path) else self.planned()
-            return json.dumps({"c2w": path.tolist(), "fps": FPS, "unit": "depth"}).encode()
+            return path_json(CameraPath(path, FPS)).encode()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"film.{kind}"
             if kind == "ply":

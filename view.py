@@ -246,7 +246,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--token", help="a word that the page asks for")
     mine, rest = parser.parse_known_args(words)
     args = sample.parse(rest)
-    if args.image is None:
+    if args.image is None and args.video is None:
         vars(args).update({name: sample.DEMO[name] for name in ("image", "depth", "prompt")})
     return argparse.Namespace(**{**vars(args), "poses": None, **vars(mine)})
 

@@ -33,18 +33,48 @@ TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0
 # ------------------------------------------------------------------------------------------------------------------ in
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """A video file, and its first stream of pictures. Raises ValueError, OSError or FFmpegError if there is none."""
+    with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
+        streams = [each for each in container.streams.video
+                   if each.codec_context is not None and not each.disposition & Disposition.attached_pic]
+        if not streams:
+            raise ValueError("there is none in it, or none of a known codec")
+        yield container, streams[0]
+
+
+def is_film(path: Path) -> bool:
+    """Whether a file is a video, by its content; ffmpeg takes some texts for one, which have no zeros."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        if b"\0" not in (begin := file.read(512)) or begin[:2] == b"PK" or begin[:6] == b"\x93NUMPY":
+            return False
+    try:
+        with opened(path):
+            return True
+    except (FFmpegError, ValueError, OSError):
+        return False
+
+
+def read_rate(path: Path) -> float | None:
+    """Frames a second, if the file is a video that says so, from 1 to 240."""
+    if not is_film(path):
+        return None
+    with opened(path) as (_, stream):
+        rate = float(stream.average_rate or 0)
+    return rate if 1 <= rate <= 240 else None
+
+
 def decode(path: Path) -> Iterator[np.ndarray]:
     """The frames of a video file one by one, [H,W,3] uint8. A line on stderr says what a damaged file has lost."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file or folder")
     try:
-        with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
-            streams = [each for each in container.streams.video
-                       if each.codec_context is not None and not each.disposition & Disposition.attached_pic]
-            if not streams:
-                raise ValueError("there is none in it, or none of a known codec")
-            check_pixels(streams[0].codec_context.width, streams[0].codec_context.height)
-            yield from decode_stream(path, container, streams[0])
+        with opened(path) as (container, stream):
+            check_pixels(stream.codec_context.width, stream.codec_context.height)
+            yield from decode_stream(path, container, stream)
     except (FFmpegError, ValueError, OSError) as error:
         raise ValueError(f"{path}: not a readable video ({getattr(error, 'strerror', None) or error})") from None
 

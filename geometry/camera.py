@@ -184,7 +184,7 @@ def retime(path: CameraPath, frames: int | None, fps: float | None, stretch: boo
     """
     rate = fps if fps is not None else path.fps if path.fps is not None else 16
     if not 1 <= rate <= 240:
-        raise ValueError(f"--fps {rate:g}: expected a number from 1 to 240")
+        raise ValueError(f"fps {rate:g}: expected a number from 1 to 240")
     if frames is None:
         if stretch and path.fps is None:
             raise ValueError("resample: the path has no rate of its own (fps, or time stamps); give --frames")

@@ -5,6 +5,7 @@ from_arrays.py and from_colmap.py. Here is the one way that all of them take the
 camera-to-world in OpenCV axes, relative positions before single precision, and the rate. Left out: lens distortion.
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -188,6 +189,11 @@ def read(file: Path) -> Recording:
         return from_arrays(file)
     text = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
     return from_json(file) if text[:1] in (b"{", b"[") else from_text(file)
+
+
+def path_json(path: CameraPath) -> str:
+    """Poses, rate and unit of a path, as `load_path` reads them."""
+    return json.dumps({"c2w": path.c2w.tolist(), "unit": path.unit} | ({"fps": path.fps} if path.fps else {}))
 
 
 def load_path(file: str | Path, fill: bool = True) -> CameraPath:

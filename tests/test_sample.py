@@ -96,7 +96,7 @@ def test_frames_cut_the_output_alone(place):
     assert torch.equal(load_file("x.safetensors")["latents"], whole) and len(read("out.mp4")) == 7
 
 
-@pytest.mark.parametrize("words", [["--frames", "2"], ["--frames", "2", "--fps", "24", "--out", "a b.mp4"]])
+@pytest.mark.parametrize("words", [["--frames", "2"], ["--frames", "2", "--set", "fps=24", "--out", "a b.mp4"]])
 def test_the_encoder_is_tried_before_the_networks_are_loaded(place, monkeypatch, capsys, words):
     monkeypatch.setattr("av.codecs_available", {"h264"})
     monkeypatch.setattr("sample.encode_each", None)  # would be called first
@@ -129,7 +129,7 @@ def test_a_video_to_continue_is_resized_as_it_is_read(monkeypatch):
     (["--image", "image.png", "--move", "forward 1, yaw -20"], 66, True),
     (["--image", "image.png", "--warp", "warp.npy", "--frames", "10"], 10, True),
     (["--image", "image.png", "--frames", "5"], 5, False),
-    (["--image", "warp.npy", "--frames", "5"], 5, False),  # a video is continued
+    (["--video", "warp.npy", "--frames", "5"], 5, False),  # a video is continued
     ([], 33, False),
 ])
 def test_lengths_and_files(place, words, length, led):
@@ -318,7 +318,7 @@ WAYS = {
     "warp": ["--image", "image.png", "--warp", "warp.npy", "mask.npy", "--frames", "80"],
     "image": ["--image", "image.png", "--frames", "80"],
     "text": ["--frames", "80"],
-    "video": ["--image", "warp.npy", "--frames", "80"],
+    "video": ["--video", "warp.npy", "--frames", "80"],
 }
 
 
@@ -505,7 +505,7 @@ LED = ["--image", "image.png", "--move", "forward 1"]
     (LED + ["--set", "fov=0"], ["--set", "fov is 0.0"]),
     (["--image", "image.png", "--set", "fov=50"], ["fov"]),
     (LED + ["--seed", "-1"], ["--seed"]),
-    (LED + ["--fps", "0"], ["--fps"]),
+    (LED + ["--set", "fps=0"], ["fps"]),
     (LED + ["--set", "device=abacus"], ["abacus"]),
     (LED + ["--set", "geometry=none.safetensors"], ["none.safetensors"]),
     (LED + ["--set", f"geometry={LORA}"], ["lora_prefix", "missing"]),
