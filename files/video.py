@@ -36,7 +36,7 @@ TO_BT709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """A video file, and its first stream of pictures. Raises ValueError, OSError or FFmpegError if there is none."""
-    with open(path, "rb") as file, av.open(file, options={"protocol_whitelist": "none"}) as container:
+    with open(path, "rb") as file, av.open(file, "r", options={"protocol_whitelist": "none"}) as container:
         streams = [each for each in container.streams.video
                    if each.codec_context is not None and not each.disposition & Disposition.attached_pic]
         if not streams:
