@@ -7,7 +7,6 @@ is estimated once and kept in a file, and the VAE's latents are kept in memory.
 Left out: videos that bring their own warps.
 """
 
-import csv
 import hashlib
 import random
 from collections.abc import Callable, Iterator
@@ -30,7 +29,8 @@ from files.checkpoint import open_safetensors
 from files.depth import known_depth, load_depth
 from files.machine import network_dtype
 from files.media import quantize, to_u8
-from files.writing import identity, replacing
+from files.table import check_row, read_table
+from files.writing import replacing
 from geometry.camera import WINDOW, CameraPath, describe, normalize, resolve_lens
 from geometry.paths import load_path
 from geometry.pi3x import Pi3X, load_pi3x
@@ -158,31 +158,15 @@ def read_sources(videos: list[str], prompts: list[str]) -> list[Source]:
 
 def read_csv(path: Path) -> list[Source]:
     """Columns `video` (a path beside the file, or as for --video) and `prompt`; others are ignored."""
-    sources, columns = [], []
-    identity(path)
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            columns = list(reader.fieldnames or [])
-            for row in reader if {"video", "prompt"} <= set(columns) else ():
-                sources.append(read_row(path, columns, row))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: not a readable csv file, expected text in UTF-8") from None
-    except (csv.Error, ValueError) as error:
-        raise ValueError(f"{path}, row {len(sources) + 1}: {error}") from None
-    if not sources:
-        raise ValueError(f"{path}: columns {columns}, expected video and prompt, and at least one row")
-    return sources
 
+    def read(row: dict) -> Source:
+        check_row(row)
+        if not row["video"]:
+            raise ValueError(f"video {row['video']!r}, expected a name")
+        near = path.parent / row["video"]
+        return Source(near if near.exists() else find_video(row["video"]), row["prompt"])
 
-def read_row(path: Path, columns: list[str], row: dict) -> Source:
-    if None in row:
-        raise ValueError(f"{len(columns) + len(row[None])} fields, expected {len(columns)}; a prompt with a comma is"
-                         ' written in quotes, "so, as here"')
-    if not row["video"] or row["prompt"] is None:
-        raise ValueError(f"video {row['video']!r}, prompt {row['prompt']!r}, expected both")
-    near = path.parent / row["video"]
-    return Source(near if near.exists() else find_video(row["video"]), row["prompt"])
+    return read_table(path, ("video", "prompt"), read)
 
 
 def read_frames(path: Path, size: tuple[int, int]) -> Tensor:

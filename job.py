@@ -4,6 +4,7 @@
 """
 
 import argparse
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -31,6 +32,7 @@ from helios.index import check_weights, read_index
 from helios.load import VAES, check_parts, find_lora, size_multiple
 from helios.lora import Lora, load_lora
 from helios.taehv import find_taehv
+from helios.team import SPLITS, ranks
 from memory import Camera, Memory
 from model import Helios
 from render import RenderSettings, Warp, make_warp
@@ -46,6 +48,7 @@ PRESETS = {"official": {}, "realtime": {
 class Settings(Options):
     """What --set reaches: how to sample, and what a run seldom needs otherwise."""
 
+    seed: int = 0  # of all random numbers
     prompt_blend: int = 1  # chunks that a switch of the prompt takes ("a street | a street at night"); Helios takes 3
     preset: str = "official"  # or realtime: one word for the settings of `PRESETS`, each of which can still be set
     samples: int = 4  # of the surface, along each side of its quads
@@ -65,6 +68,8 @@ class Settings(Options):
     latents: Path | None = None  # also writes the latents (.safetensors, key `latents`)
     vae: str = "wan"  # or taehv, a tiny one that makes another video of a seed; or taehv-decode, where it only decodes
     compile: bool = False  # torch.compile the transformer: slow to begin, faster then
+    split: str = "weights"  # what torchrun's processes share, for memory; or tokens, for speed (docs/parallel.md)
+    part: str = "1/1"  # of --list: i/N takes every N-th row from the i-th on
     device: str = default_device()  # cpu, mps, cuda or cuda:N; none given: cuda if there is one
 
     def __post_init__(self):
@@ -75,6 +80,9 @@ class Settings(Options):
             ("preset", self.preset in PRESETS, " or ".join(PRESETS)),
             ("vae", self.vae in VAES, ", ".join(VAES)),
             ("prompt_blend", 1 <= self.prompt_blend <= 100, "from 1 to 100"),
+            ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+            ("split", self.split in SPLITS, " or ".join(SPLITS)),
+            ("part", 1 <= self.share[0] <= self.share[1], "i/N, with i from 1 to N"),
             ("samples", 1 <= self.samples <= 16, "from 1 to 16"),
             ("geometry_pixels", 1000 <= (self.geometry_pixels or 1000) <= 10**7, "from 1000 to 10000000"),
             ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
@@ -85,6 +93,12 @@ class Settings(Options):
             ("unit", self.unit != "", "depth, 0.2depth, same, meter or a number"),
             ("latents", latents is None or latents.suffix == ".safetensors", "a file name that ends in .safetensors"),
         )
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """i and N of the `part`, zeros for other words."""
+        words = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.part)
+        return (int(words[1]), int(words[2])) if words else (0, 0)
 
 
 @dataclass(frozen=True)
@@ -162,8 +176,6 @@ def count_frames(video: Path, asked: int | None, mask: Path | None = None) -> in
 def check(args: argparse.Namespace, settings: Settings) -> None:
     """What can be said of the words alone."""
     check_frames(args.frames)
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed {args.seed}: expected a number from 0 to 2^63 - 1")
     if args.warp is not None and len(args.warp) > 2:
         raise ValueError(f"--warp: {len(args.warp)} files, expected a warp, or a warp and its mask")
     path = args.poses is not None or args.move is not None
@@ -186,7 +198,8 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
     needs = ({name: (path, "a camera path: --poses or --move") for name in
               ("geometry", "keyframes", "fov", "unit", "resample", "samples",
                "geometry_pixels")}
-             | {"inverse_depth": (args.depth is not None, "--depth"),
+             | {"inverse_depth": (args.depth is not None, "--depth"), "part": (args.list is not None, "--list"),
+                "split": (ranks()[1] > 1, "several processes: torchrun --nproc-per-node N sample.py ..."),
                 "poses_of_clip": (args.video is not None and args.depth is not None, "--video and --depth"),
                 "relative": (path and args.video is not None, "--video and a camera path: --poses or --move")}
              | {name: (path or args.warp is not None, "a camera: --poses, --move or --warp") for name in
@@ -196,6 +209,8 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
         met, need = needs[name]
         if not met:
             raise ValueError(f"--set {name}: needs {need}")
+    if settings.compile and ranks()[1] > 1:
+        raise ValueError("--set compile=true: not with several processes")
     if args.depth is not None and not is_filmed(args):
         for name in sorted(set_here & {"geometry", "keyframes"}):
             if not (name == "geometry" and settings.check):
@@ -349,7 +364,7 @@ def prepare(args: argparse.Namespace, settings: Settings) -> Job:
     lora = choose_lora(args, settings, led)
     precision = str(network_dtype(settings.device)).removeprefix("torch.")
     print(f"weights {args.weights}, LoRA {lora.source if lora else 'none'}, {settings.device} in {precision},"
-          f" seed {args.seed}, preset {settings.preset}")
+          f" seed {settings.seed}, preset {settings.preset}")
     frames, fps, file, pi3x = args.frames or WINDOW, settings.fps or 16, None, None
     start, controls = Start(), iter([])
     if along:

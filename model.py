@@ -183,6 +183,7 @@ class Attention(nn.Module):
         super().__init__()
         dim = config.dim
         self.heads = config.num_attention_heads
+        self.kernel = F.scaled_dot_product_attention  # of [B, heads, N, head_dim]; parallel.py has another
         self.to_q, self.to_k, self.to_v = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
         self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q, self.norm_k = nn.RMSNorm(dim, config.eps), nn.RMSNorm(dim, config.eps)
@@ -198,7 +199,7 @@ class Attention(nn.Module):
         return self.split(self.norm_k(self.to_k(x))), self.split(self.to_v(x))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        out = self.kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.to_out[0](out.transpose(1, 2).flatten(-2))
 
     def over_tokens(self, history: Tensor, target: Tensor, rope: Tensor, targets_only: bool) -> Tensor:
@@ -323,6 +324,8 @@ class Helios(Network):
     aliases = {"scale_shift_table": "norm_out.scale_shift_table"}  # name in files of the older training code
     fp8 = tuple(f"{layer}.weight" for layer in ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"))
     streamed = "blocks", ("attn2.to_k",)  # `Helios.text` calls the latter
+    rows = "to_q", "to_k", "to_v", "norm_q", "norm_k", "history_key_scale", "ffn.net.0.proj"  # heads, hidden channels
+    columns = "to_out.0", "ffn.net.2"
 
     def __init__(self, config: HeliosConfig):
         super().__init__()

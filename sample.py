@@ -16,6 +16,7 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -24,14 +25,19 @@ import numpy as np
 import torch
 from einops import rearrange
 from safetensors.torch import save
+from torch import Tensor
 from tqdm import tqdm
 
-from files.cli import Parser, existing, run_program
+from files.checkpoint import few
+from files.cli import Parser, existing, explain, run_program
 from files.draw import save_png
-from files.machine import describe_machine, network_dtype, peak_memory
+from files.folder import STATE
+from files.machine import describe_machine, network_dtype, out_of_memory, peak_memory
 from files.measure import steadiness
 from files.media import read_frames, to_frames
 from files.output import Output, parts_folder
+from files.settings import setting_names
+from files.table import check_row, read_table
 from files.video import try_encoder
 from files.writing import beside, check_apart, check_outputs, fingerprint, replacing
 from geometry.camera import WINDOW, CameraPath, path_error
@@ -39,8 +45,23 @@ from geometry.paths import path_json
 from geometry.pi3x import Pi3X, find_pi3x
 from geometry.scene import describe_visible
 from geometry.surface import estimate
-from helios.load import MEMORY, default_weights, encode_each, files_read, find_lora, load_models, prompt_at
+from helios.load import (
+    MEMORY,
+    NEGATIVE_PROMPT,
+    Loader,
+    Models,
+    Prompts,
+    add_trigger,
+    default_weights,
+    embed_prompts,
+    encode_each,
+    files_read,
+    find_lora,
+    load_models,
+    prompt_at,
+)
 from helios.taehv import find_taehv
+from helios.team import follow, lead, ranks
 from job import Job, Settings, check, clip_files, is_filmed, load_settings, prepare
 from model import Helios
 from wah import Chunk, Options, Rollout
@@ -59,7 +80,7 @@ DEMO = {
 
 HELP = """settings (--set NAME=VALUE ...), and what they are else:
   geometry=FILE keyframes=8 fov=55     Pi3X weights; pictures it sees at once; the picture's field of view
-  fps=24 resample=true                 frame rate; stretch the path to it or to --frames instead of cutting or holding
+  seed=0 fps=24 resample=true          random numbers; frame rate; stretch the path to it or to --frames
   steps=2,2,2 guidance=1 threshold=0.1 numbers of the sampler; docs/options.md has all
   align=false drop=false               the paper's ideas switched off
   check=true latents=x.safetensors     measure the camera of the result; keep its latents
@@ -84,7 +105,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     group.add_argument("--out", type=Path, default=Path("out.mp4"))
     group.add_argument("--size", help="HEIGHTxWIDTH, multiples of 64, or 16 (default: 384x640, or the model's own)")
     group.add_argument("--frames", type=int, help="length (default: that of the path or warp, or 33)")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument("--list", type=Path, help="many videos: a csv of options and settings")
     group.add_argument("--continue", action="store_true", dest="resume", help="go on with the video that the"
                                                                               " same words began")
     group = parser.add_argument_group("model and machine")
@@ -142,7 +163,7 @@ def measure(job: Job, video: Path) -> dict[str, float]:
 
 
 # What can be another in a run that goes on; all else is what the video depends on.
-FREE = {"out", "resume", "memory", "words", "set", "latents", "check", "compile", "device"}
+FREE = {"out", "resume", "memory", "words", "set", "latents", "check", "compile", "device", "split", "list", "part"}
 
 
 def describe_job(args: argparse.Namespace, job: Job) -> dict:
@@ -180,24 +201,52 @@ def name_files(args: argparse.Namespace, settings: Settings) -> tuple[dict[str, 
         outputs["path"] = args.out.with_name(f"{args.out.stem}_path.json")
     geometry = find_pi3x(settings.geometry, args.weights)
     lora = find_lora(args.lora, args.weights, led)
-    inputs = existing(args.image, args.video, args.poses, args.depth, *(args.warp or ()), args.weights, geometry, lora,
-                      *(clip_files(args, settings) or ()))
+    inputs = existing(args.image, args.video, args.poses, args.depth, *(args.warp or ()), args.weights, args.list,
+                      geometry, lora, *(clip_files(args, settings) or ()))
     parts = parts_folder(args.out)
     check_outputs(outputs, [*inputs, *([parts] if parts.is_dir() else [])])
     check_apart([parts], inputs)
     return outputs, inputs
 
 
-def generate(args: argparse.Namespace, job: Job, output: Output) -> Rollout:
-    """Load the networks and make the video; Ctrl-C after the first chunk ends it early."""
+def prompts_in(words: str) -> list[str]:
+    return [part.strip() for part in words.split("|")]
+
+
+class Networks:
+    """What videos need of the weights: loaded when the first one needs it, and kept for the others of a list."""
+
+    def __init__(self, load: Loader, coming: Iterable[str] = ()):
+        """coming: more prompts, which are embedded with the first ones, before the transformer takes the memory."""
+        self.load, self.coming, self.embedded = load, {*coming}, {}
+        self.key: tuple = ()
+        self.loaded: Models[Helios] | None = None
+
+    def embed(self, weights: Path, wanted: set[str], device: str, memory: str) -> dict[str, Tensor]:
+        if not wanted <= self.embedded.keys():
+            self.embedded |= embed_prompts(weights, wanted | self.coming, device, memory, self.load)
+        return self.embedded
+
+    def give(self, args: argparse.Namespace, job: Job) -> tuple[list[Prompts], Models[Helios]]:
+        settings = job.settings
+        key = args.weights, args.memory, settings.device, settings.vae, settings.compile
+        if key != self.key:
+            self.key, self.loaded, self.embedded = key, None, {}
+        prompts = encode_each(args.weights, prompts_in(args.prompt), job.lora is not None, settings.guidance > 1,
+                              settings.device, args.memory, self.embed)
+        if self.loaded is None:
+            self.loaded = load_models(Helios, args.weights, settings.device, args.memory, settings.vae, self.load)
+            if settings.compile:
+                self.loaded.transformer.compile_blocks()
+        return prompts, self.loaded
+
+
+def generate(args: argparse.Namespace, job: Job, output: Output, networks: Networks) -> Rollout:
+    """Make the video; Ctrl-C after the first chunk ends it early."""
     settings, start = job.settings, job.start
-    said = [part.strip() for part in args.prompt.split("|")]
-    prompts = encode_each(args.weights, said, job.lora is not None, settings.guidance > 1, settings.device, args.memory)
-    models = load_models(Helios, args.weights, settings.device, args.memory, settings.vae)
-    if settings.compile:
-        models.transformer.compile_blocks()
+    prompts, models = networks.give(args, job)
     progress = Progress(settings, models.schedule.sampler == "dmd", job.chunks)
-    generator = torch.Generator("cpu").manual_seed(args.seed)
+    generator = torch.Generator("cpu").manual_seed(settings.seed)
     begin, already, shares = time.perf_counter(), len(output.counts), []
     rollout = Rollout(models, prompts[0], job.size, generator, start.image, start.video, start.camera, job.lora,
                       settings, progress)
@@ -233,18 +282,18 @@ def report(rollout: Rollout, output: Output, already: int, seconds: float, devic
               f" ({work:.3g} TFLOP counted in the transformer), peak {peak_memory(device)}")
 
 
-def run(args: argparse.Namespace) -> None:
-    settings = load_settings(args)
+def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bool:
+    """One video; whether it is whole."""
     check(args, settings)
     outputs, inputs = name_files(args, settings)
     with Output(args.out, args.resume) as output:
         if output.done:
             print(f"{args.out} is whole; nothing is left to do")
-            return
+            return True
         job = prepare(args, settings)
         try_encoder(job.fps, job.size)
         output.begin(describe_job(args, job), job.frames, job.fps, job.led, describe_machine(settings.device))
-        rollout = generate(args, job, output)
+        rollout = generate(args, job, output, networks)
         with replacing(outputs, inputs) as files:
             for name in files.keys() & {"video", "warp"}:
                 output.join(f"_{name}.mp4", files[name])
@@ -259,9 +308,83 @@ def run(args: argparse.Namespace) -> None:
                 print("check: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         output.finish()
     print(f"wrote {output.count} frames:", *outputs.values())
+    return output.count == output.frames
+
+
+def list_rows(args: argparse.Namespace, settings: Settings) -> list[tuple[int, dict]]:
+    """The rows of --list that are this run's part, and their numbers in the file, from 1 on."""
+    first, step = settings.share
+    rows = list(enumerate(read_table(args.list, ("out",), dict), 1))
+    parser_options = {name for name, value in vars(args).items() if not isinstance(value, list)} | {"warp"}
+    known = parser_options - {"list", "resume", "words"} | {*setting_names(settings)} - {"device", "split", "part"}
+    unknown = [name for name in rows[0][1] if name is not None and name not in known]
+    if unknown:
+        raise ValueError(f"{args.list}: column {unknown[0]!r}, expected one of {', '.join(sorted(known))}")
+    outs: dict[Path, int] = {}
+    for number, row in rows:
+        first_of = outs.setdefault(Path(row["out"] or "").resolve(), number)
+        if row["out"] and first_of != number:
+            raise ValueError(f"{args.list}: rows {first_of} and {number} have the same out, {row['out']}")
+    return rows[first - 1::step]
+
+
+def row_args(args: argparse.Namespace, row: dict) -> argparse.Namespace:
+    """The words of the command line, and over them those of a row; one that was begun goes on."""
+    if not check_row(row)["out"]:
+        raise ValueError("no out, expected a file name")
+    options = vars(args).keys()
+    words = [f"--{name}={value}" for name, value in row.items() if value and name in options]
+    more = [f"{name}={value}" for name, value in row.items() if value and name not in options]
+    try:
+        mine = parse([*args.words, *words, *(["--set", *more] if more else [])])
+    except SystemExit:
+        raise ValueError("its words were refused, for the reason above") from None
+    mine.words, mine.resume = args.words, (parts_folder(mine.out) / STATE).is_file()
+    return mine
+
+
+def make_list(args: argparse.Namespace, settings: Settings, load: Loader) -> None:
+    """All videos of a list, but those that are there; one that fails is told and left."""
+    rows = list_rows(args, settings)
+    coming = {prompt for _, row in rows for prompt in prompts_in(row.get("prompt") or args.prompt)}
+    networks = Networks(load, {*coming, *map(add_trigger, coming), NEGATIVE_PROMPT})
+    made, there, failed = 0, 0, []
+    for number, row in rows:
+        print(f"{args.list}, row {number}: {row['out']}")
+        try:
+            mine = row_args(args, row)
+            if mine.out.is_file() and not parts_folder(mine.out).exists():
+                there += 1
+                continue
+            whole = make(mine, load_settings(mine), networks)
+        except ConnectionError:
+            raise  # not the row's fault
+        except (ValueError, OSError, MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and (not out_of_memory(error) or ranks()[1] > 1):
+                raise
+            failed.append(f"row {number} ({explain(error)})")
+            print(f"{args.list}, row {number}: {explain(error)}", file=sys.stderr)
+            continue
+        if not whole:
+            raise KeyboardInterrupt(f"after {made} videos; the same words go on")
+        made += 1
+    print(f"{args.list}: {len(rows)} rows, {made} made, {there} were there, {len(failed)} failed")
+    if failed:
+        raise ValueError(f"{args.list}: {len(failed)} of {len(rows)} rows failed: {few(failed)}")
+
+
+def run(args: argparse.Namespace) -> None:
+    settings = load_settings(args)
+    with lead(Helios, settings.split, settings.device) as load:
+        if args.list is None:
+            make(args, settings, Networks(load))
+        else:
+            make_list(args, settings, load)
 
 
 def main(words: list[str] | None = None) -> int:
+    if ranks()[0] > 0:
+        return run_program("sample.py", lambda _: follow(Helios), argparse.Namespace())
     return run_program("sample.py", run, parse(sys.argv[1:] if words is None else words))
 
 

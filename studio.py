@@ -50,7 +50,7 @@ class Studio:
         self.folder = tempfile.TemporaryDirectory()  # of pictures that were sent
         self.changed: list[Callable[[], None]] = []
         self.stopping = threading.Event()
-        self.prompt, self.seed = args.prompt, args.seed
+        self.prompt, self.seed = args.prompt, self.settings.seed
         self.message, self.progress = "", 0.0
         self.worlds = 0
         self.prompts: tuple[str, Prompts] | None = None

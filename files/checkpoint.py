@@ -11,9 +11,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -207,6 +208,9 @@ class Network(nn.Module):
     fp8: tuple[str, ...] = ()  # ends of names of the weights that may be held in 8 bits
     # a ModuleList, and parts of its blocks that are called by themselves
     streamed: tuple[str, tuple[str, ...]] = "", ()
+    # ends of names of layers that several processes can divide by what they give, and by what they take
+    rows: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
 
 
 N = TypeVar("N", bound=Network)
@@ -287,8 +291,25 @@ def take(tensor: Tensor, module: Network, name: str, device: torch.device | str,
     return tensor.to(device, kept_dtype(module, name, dtype), copy=True)
 
 
-def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+class Share(Protocol):
+    """What this process holds of a network that several divide."""
+
+    def divide(self, module: Network) -> None:
+        """Make a module on the meta device ready for its share."""
+
+    def read(self, module: Network, name: str, piece: Any) -> Tensor:
+        """This process's part of a tensor, of which `piece` reads from the file what it is indexed with."""
+        ...
+
+    def largest(self, module: Network, name: str, rows: Tensor) -> Tensor:
+        """The largest number of each row of a weight, of which `rows` [out] are those of this process's part."""
+        ...
+
+
+def quantize(weight: Tensor, dtype: torch.dtype,
+             join: Callable[[Tensor], Tensor] = lambda rows: rows) -> tuple[Tensor, Tensor]:
     """A weight [out, in] as float8_e4m3fn, and the scale of each row [out] in `dtype`: weight ~ float8 * scale.
+    `join` makes the whole row's largest number from that of the part that is here.
 
     That is all that weight-only fp8 takes. The layer casts its weight back when it is used (every float8 is a bf16),
     and the scale of a row can wait until after the matrix product, so that no kernel, calibration or activation range
@@ -297,22 +318,29 @@ def quantize(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """
     largest = torch.finfo(torch.float8_e4m3fn).max
     rows = weight.float()
-    scale = (rows.abs().amax(dim=1) / largest).clamp(min=torch.finfo(torch.float32).tiny).to(dtype)  # a row may be zero
+    least = torch.finfo(torch.float32).tiny  # a row may be zero
+    scale = (join(rows.abs().amax(dim=1)) / largest).clamp(min=least).to(dtype)
     return (rows / scale.float()[:, None]).clamp(-largest, largest).to(torch.float8_e4m3fn), scale
 
 
-def fill(module: N, files: list[Path], device: torch.device | str, dtype: torch.dtype, fp8: tuple[str, ...] = ()) -> N:
+def fill(module: N, files: list[Path], device: torch.device | str, dtype: torch.dtype, fp8: tuple[str, ...] = (),
+         share: Share | None = None) -> N:
     """Give a module built on the meta device its tensors, each read straight to its device and dtype; strict
-    (`locate`). Weights whose names end in one of `fp8` are quantized, and their layers get the `scale`."""
-    state = {}
-    for path, names in locate(module, files).items():
+    (`locate`). Weights whose names end in one of `fp8` are quantized, and their layers get the `scale`. Of a network
+    that is divided only this process's `share` is read."""
+    state, places = {}, locate(module, files)
+    if share is not None:
+        share.divide(module)
+    for path, names in places.items():
         with open_safetensors(path) as file:
             for name, key in names.items():
+                piece = file.get_tensor(key) if share is None else share.read(module, name, file.get_slice(key))
                 if name.endswith(fp8):
                     layer = module.get_submodule(name.rpartition(".")[0])
-                    state[name], layer.scale = quantize(file.get_tensor(key).to(device), dtype)
+                    join = [] if share is None else [partial(share.largest, module, name)]
+                    state[name], layer.scale = quantize(piece.to(device), dtype, *join)
                 else:
-                    state[name] = take(file.get_tensor(key), module, name, device, dtype)
+                    state[name] = take(piece, module, name, device, dtype)
     module.load_state_dict(state, assign=True)
     return module.requires_grad_(False).eval()
 

@@ -5,7 +5,7 @@ with the blocks of transformer and text encoder left in their files (stream.py).
 argument, since model.py stands above this room.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -65,8 +65,11 @@ def load_network(network: type[N], folder: Path, device: torch.device | str, mem
     return load(network, folder, device, dtype, fp8=network.fp8 if memory == "fp8" else ())
 
 
+Loader = Callable[[type[N], Path, torch.device | str, str], N]  # `load_network`, or that of several processes (team.py)
+
+
 def load_models(transformer: type[N], weights: Path, device: torch.device | str, memory: str = "full",
-                vae: str = "wan") -> Models[N]:
+                vae: str = "wan", load_network: Loader = load_network) -> Models[N]:
     """Transformer, VAE (in fp32; one of `VAES`) and schedule. In the transformer's blocks lies all but 4 % of the
     memory that weights need."""
     schedule = load_schedule(weights)
@@ -112,7 +115,7 @@ def add_trigger(prompt: str) -> str:
 
 
 def embed_prompts(weights: Path, prompts: Iterable[str], device: torch.device | str,
-                  memory: str = "full") -> dict[str, Tensor]:
+                  memory: str = "full", load_network: Loader = load_network) -> dict[str, Tensor]:
     """Load the text encoder, embed every prompt, and let it go again, before anything else needs the memory."""
     tokenizer = Tokenizer(weights / "tokenizer")
     encoder = load_network(UMT5Encoder, weights / "text_encoder", device, memory)
@@ -128,14 +131,15 @@ def embed_prompts(weights: Path, prompts: Iterable[str], device: torch.device | 
 def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device: torch.device | str,
                    memory: str = "full", negative: str = NEGATIVE_PROMPT) -> Prompts:
     """What one run needs of the text encoder."""
-    return encode_each(weights, [prompt], lora, guided, device, memory, negative)[0]
+    return encode_each(weights, [prompt], lora, guided, device, memory, negative=negative)[0]
 
 
 def encode_each(weights: Path, prompts: list[str], lora: bool, guided: bool, device: torch.device | str,
-                memory: str = "full", negative: str = NEGATIVE_PROMPT) -> list[Prompts]:
+                memory: str = "full", embed: Callable[..., dict[str, Tensor]] = embed_prompts,
+                negative: str = NEGATIVE_PROMPT) -> list[Prompts]:
     """The same for several prompts, with the text encoder read once."""
     wanted = {*prompts, *(map(add_trigger, prompts) if lora else ()), *([negative] if guided else ())}
-    embedded = embed_prompts(weights, wanted, device, memory)
+    embedded = embed(weights, wanted, device, memory)
     return [Prompts(embedded[prompt], embedded[add_trigger(prompt)] if lora else None,
                     embedded[negative] if guided else None) for prompt in prompts]
 

@@ -104,7 +104,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: UMT5Config):
         super().__init__()
         inner = config.num_heads * config.d_kv
-        self.num_heads = config.num_heads
+        self.heads = config.num_heads
         self.q = nn.Linear(config.d_model, inner, bias=False)
         self.k = nn.Linear(config.d_model, inner, bias=False)
         self.v = nn.Linear(config.d_model, inner, bias=False)
@@ -112,7 +112,7 @@ class SelfAttention(nn.Module):
         self.relative_attention_bias = nn.Embedding(config.relative_attention_num_buckets, config.num_heads)
 
     def forward(self, x: Tensor, buckets: Tensor) -> Tensor:
-        q, k, v = (rearrange(layer(x), "b n (h d) -> b h n d", h=self.num_heads) for layer in (self.q, self.k, self.v))
+        q, k, v = (rearrange(layer(x), "b n (h d) -> b h n d", h=self.heads) for layer in (self.q, self.k, self.v))
         bias = rearrange(self.relative_attention_bias(buckets), "q k h -> 1 h q k").contiguous()  # for fused kernels
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)
         return self.o(rearrange(y, "b h n d -> b n (h d)"))
@@ -174,6 +174,8 @@ class UMT5Encoder(Network):
     Config = UMT5Config
     aliases = {"encoder.embed_tokens.weight": "shared.weight"}  # a file may hold either or both
     streamed = "encoder.block", ()
+    rows = ".q", ".k", ".v", "wi_0", "wi_1"
+    columns = ".o", "wo", "relative_attention_bias"
 
     def __init__(self, config: UMT5Config):
         super().__init__()

@@ -74,7 +74,7 @@ def test_official_latents(place, case, extra):
     """From files to the official latents of the same seed."""
     desc = CASES[case]["desc"]
     words = ["--image", "image.png", "--warp", "warp.npy", "mask.npy", "--prompt", CASES["_common"]["prompt"]]
-    words += ["--frames", str(desc["num_frames_arg"]), "--seed", str(desc["seed"])]
+    words += ["--frames", str(desc["num_frames_arg"]), "--set", f"seed={desc['seed']}"]
     assert sample(*words, "--set", "latents=x.safetensors", *extra) == 0
     latents = load_file("x.safetensors")["latents"]
     full = f"{case}.latents" in RUNS
@@ -84,7 +84,7 @@ def test_official_latents(place, case, extra):
 
 def test_frames_cut_the_output_alone(place):
     """Of the official run of 99 frames, asked for 90, the latents are the same; along poses the first frames too."""
-    common = ["--image", "image.png", "--prompt", CASES["_common"]["prompt"], "--seed", str(CASES["wah_3c"]["desc"]["seed"])]
+    common = ["--image", "image.png", "--prompt", CASES["_common"]["prompt"], "--set", f"seed={CASES['wah_3c']['desc']['seed']}"]
     words = [*common, "--warp", "warp.npy", "mask.npy", "--frames", "90", "--set", "latents=x.safetensors"]
     assert sample(*words) == 0
     check("sample.py, latents, max", load_file("x.safetensors")["latents"][:, 1::5], RUNS["wah_3c.latents_ch"], 3e-4)
@@ -375,7 +375,7 @@ def test_another_video_is_not_continued(capsys, place, monkeypatch):
     def differs(name: str, *more: str, weights=DISTILLED):
         refused(capsys, place, [*words, *more, "--continue"], "state.safetensors", f": {name} was ", weights=weights)
 
-    differs("seed", "--seed", "1")
+    differs("seed", "--set", "seed=1")
     differs("prompt", "--prompt", "a car")
     differs("image", "--image", "flipped.png")
     differs("depth", "--depth", "depth2.npy")
@@ -435,7 +435,7 @@ def test_same_seed_same_video(place):
     words = ["--image", "image.png", "--move", "up 1", "--set", "latents=x.safetensors"]
     made = []
     for seed in ("1", "1", "2"):
-        assert sample(*words, "--seed", seed) == 0
+        assert sample(*words, f"seed={seed}") == 0
         made.append(load_file("x.safetensors")["latents"])
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
@@ -504,7 +504,7 @@ LED = ["--image", "image.png", "--move", "forward 1"]
     (["--image", "image.png", "--move", ""], ["verb"]),
     (LED + ["--set", "fov=0"], ["--set", "fov is 0.0"]),
     (["--image", "image.png", "--set", "fov=50"], ["fov"]),
-    (LED + ["--seed", "-1"], ["--seed"]),
+    (LED + ["--set", "seed=-1"], ["seed"]),
     (LED + ["--set", "fps=0"], ["fps"]),
     (LED + ["--set", "device=abacus"], ["abacus"]),
     (LED + ["--set", "geometry=none.safetensors"], ["none.safetensors"]),

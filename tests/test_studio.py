@@ -50,7 +50,7 @@ def test_a_film_is_the_video_of_its_path(studio):
     assert len(studio.frames) == len(studio.path) == 41 and "s a chunk" in studio.message
     Path("path.json").write_bytes(studio.saved("json"))
     words = ["--weights", str(DISTILLED), "--size", "64x128", "--image", "image.png", "--prompt", "a car", "--poses",
-             "path.json", "--seed", "3", "--set", "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]
+             "path.json", "--set", "seed=3", "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]
     assert sample_main(words) == 0
     Path("film.mp4").write_bytes(studio.saved("mp4"))
     ours, theirs = (load_video(name).astype(int) for name in ("film.mp4", "out.mp4"))

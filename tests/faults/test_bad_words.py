@@ -53,7 +53,7 @@ MORE = {  # program, option -> bad values
     ("sample", "--out"): OUTS, ("render", "--out"): OUTS,
     ("train", "--out"): ["image.png", "clip.npy/run", "foreign", "link", ".", "n" * 300, "/proc/run", "/dev/null"],
     ("sample", "--move"): MOVES, ("render", "--move"): MOVES,
-    ("sample", "--seed"): ["-1", "1.5", "x", str(2**63), ""], ("sample", "--memory"): ["half", "FULL", ""],
+    ("sample", "--seed"): ["1"], ("sample", "--memory"): ["half", "FULL", ""],
     ("train", "--memory"): ["half", ""], ("train", "--device"): ["tpu", "cuda:x", "cuda:77", "", "CPU"],
     ("sample", "--nonsense"): ["1"], ("render", "--nonsense"): ["1"], ("train", "--nonsense"): ["1"],
     ("sample", "--unit"): ["meter"], ("sample", "--steps"): ["2"], ("train", "--rank"): ["2"],
@@ -65,6 +65,7 @@ WHOLE = ["0", "-1", "1.5", "x", "1" + "0" * 30]
 SHARE = ["-0.1", "1.1", "nan", "inf", "x"]
 SETTINGS = {  # program, setting -> bad values
     ("sample", "steps"): ["0", "0,1,1", "2,2", "2,2,2,2", "x", "1.5,1,1", "-1,1,1", "", "1,1,1000000000"],
+    ("sample", "seed"): ["-1", "1.5", "x", str(2**63), ""], ("sample", "split"): ["heads", "", "tokens"], ("sample", "part"): ["0/1", "3/2", "x", "", "1/2"],
     ("sample", "guidance"): ["-1", "1001", "nan", "x", "inf"], ("sample", "threshold"): SHARE, ("sample", "align"): ["yes", "1", "True", ""],
     ("sample", "zero_steps"): ["-1", "x", "1.5"], ("sample", "warp_sigma"): ["0.2,0.1", "0.1", "x,y", "-1,0", "0,2", "0,nan"],
     ("sample", "previous"): ["-1,2,3", "1,2", "x", "1,2,3,4"], ("sample", "keyframes"): WHOLE[:4] + ["3"],

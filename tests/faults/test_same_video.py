@@ -33,7 +33,7 @@ def made(name: str, *more: str) -> dict[str, bytes]:
 
 
 def test_equal_words_give_equal_files(place):
-    one, again, other = made("one"), made("again"), made("other", "--seed", "1")
+    one, again, other = made("one"), made("again"), made("other", "--set", "seed=1")
     assert one == again and one.keys() == {"v.mp4", "v_warp.mp4", "v_sheet.png", "x.safetensors"}
     assert one["v_warp.mp4"] == other["v_warp.mp4"] and one["v.mp4"] != other["v.mp4"]
 
