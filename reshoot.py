@@ -83,7 +83,7 @@ class Reshoot(Camera):
 
     def restore(self, state: dict[str, Tensor]) -> None:
         super().restore(state)
-        self.frame = int(state["frame"])
+        self.frame = int(state.get("frame", 0))
 
 
 def estimate_frames(network: Pi3X, images: list[Tensor], together: bool, limit: int | None = None,

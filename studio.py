@@ -29,7 +29,6 @@ from geometry.surface import Geometry
 from helios.load import Prompts, encode_prompts, load_models
 from memory import Camera, Memory
 from model import Helios
-from render import render
 from wah import Rollout
 
 FPS = 16
@@ -146,12 +145,16 @@ class Studio:
 
     def preview(self) -> None:
         """The frames of the warp along the planned path, instead of a film."""
-        path = self.planned()
-        poses = path.clone()
-        poses[:, :3, 3] *= self.camera.unit
-        warp = render(self.geometry, poses, self.size)
+        path, camera = self.planned(), self.camera
+        if isinstance(camera, Memory):
+            camera = Camera(self.geometry, self.size, camera.unit, camera.settings)
         self.forget()
-        self.frames, self.path = list(to_frames(warp.frames / 2 + 0.5)), path
+        camera.restore({})
+        for poses in path.split(WINDOW):
+            warp = camera.warp(poses).frames[:, :, :len(poses)]
+            camera.remember(warp[:, :, -1])
+            self.frames += list(to_frames(warp / 2 + 0.5))
+        self.path = path
         self.tell(f"preview: the warp of {len(path)} frames")
 
     def begin(self) -> Rollout:

@@ -34,23 +34,26 @@ class Scene:
     known: world.Scene | None = None  # for the camera search
 
 
-def exact_warp(clip: Clip) -> Warp:
-    """Every frame's points looked up in the first frame, if it sees them; elsewhere its mean colour."""
-    video = rearrange(clip.frames, "t h w c -> t c h w") / 127.5 - 1
+def exact_warp(clip: Clip, other: Clip | None = None) -> Warp:
+    """Every frame's points looked up in the first frame, or in the frame of the same time of an `other` clip of the
+    scene, if that sees them; elsewhere the first frame's mean colour."""
+    shown = clip if other is None else other
+    video = rearrange(shown.frames, "t h w c -> t c h w") / 127.5 - 1
     mean = video[0].mean((1, 2))[:, None, None]
     height, width = video.shape[-2:]
     frames, masks = [], []
-    for depth, c2w in zip(clip.depth, clip.c2w):
+    for time, (depth, c2w) in enumerate(zip(clip.depth, clip.c2w)):
+        at = slice(1) if other is None else slice(time, time + 1)
         far = depth.isinf()
         points = unproject(torch.where(far, torch.full_like(depth, 1e4), depth), clip.K, c2w)  # [H, W, 3] world
-        x, y, z = transform(inverse(clip.c2w[:1])[0], *points.unbind(-1))  # in the first camera
+        x, y, z = transform(inverse(shown.c2w[at])[0], *points.unbind(-1))  # in the camera that sees them
         u, v = clip.K[0, 0] * x / z + clip.K[0, 2], clip.K[1, 1] * y / z + clip.K[1, 2]
         grid = torch.stack([2 * u / (width - 1) - 1, 2 * v / (height - 1) - 1], -1)[None]
-        source = F.grid_sample(clip.depth[:1, None].clamp(max=1e4), grid, mode="nearest", padding_mode="border",
+        source = F.grid_sample(shown.depth[at, None].clamp(max=1e4), grid, mode="nearest", padding_mode="border",
                                align_corners=True)
         inside = (z > 0) & (u + 0.5 >= 0) & (u + 0.5 <= width) & (v + 0.5 >= 0) & (v + 0.5 <= height)
         mask = inside & ((source[0, 0] / z - 1).abs() < 0.04)
-        color = F.grid_sample(video[:1], grid, padding_mode="border", align_corners=True)[0]
+        color = F.grid_sample(video[at], grid, padding_mode="border", align_corners=True)[0]
         frames.append(torch.where(mask, color, mean))
         masks.append(mask)
     return Warp(torch.stack(frames, 1)[None], torch.stack(masks)[None, None].float())
