@@ -17,6 +17,7 @@ from torch import Tensor
 
 from files.cli import note
 from files.media import natural_order
+from files.video import is_film
 from geometry.camera import CameraPath, between, inverse, resample, turn_degrees, unit_length
 from geometry.from_arrays import from_arrays
 from geometry.from_colmap import from_folder
@@ -187,6 +188,8 @@ def read(file: Path) -> Recording:
     damaged = file.suffix.lower() in (".npy", ".npz") and not re.match(rb"\s*[\d#{\[-]", begin)
     if begin[:2] == b"PK" or begin[:6] == b"\x93NUMPY" or damaged:
         return from_arrays(file)
+    if is_film(file):
+        raise ValueError(f"{file}: a video, whose camera has to be found first; sample.py --poses does, and saves it")
     text = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
     return from_json(file) if text[:1] in (b"{", b"[") else from_text(file)
 

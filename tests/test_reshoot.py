@@ -275,6 +275,11 @@ def test_a_path_from_a_clip(place_of, capsys):
     assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
 
 
+def test_other_programs_name_the_one_that_takes_a_clip(place_of):
+    with pytest.raises(ValueError, match=r"clip\.mp4: a video.*sample\.py --poses"):
+        load_path("clip.mp4")
+
+
 def test_a_path_from_a_clip_needs_a_network_that_knows_cameras(place_of, capsys):
     words = ["--image", "image.png", "--poses", "clip.mp4"]
     refused(capsys, place_of, words, "--poses clip.mp4", "there is no Pi3X here", "geometry=FILE")
