@@ -70,6 +70,7 @@ class Settings(Options):
     compile: bool = False  # torch.compile the transformer: slow to begin, faster then
     split: str = "weights"  # what torchrun's processes share, for memory; or tokens, for speed (docs/parallel.md)
     part: str = "1/1"  # of --list: i/N takes every N-th row from the i-th on
+    tf32: bool = True  # on CUDA convolutions in fp32 (the VAE's) may round to 10 bits, as officially; docs/memory.md
     device: str = default_device()  # cpu, mps, cuda or cuda:N; none given: cuda if there is one
 
     def __post_init__(self):

@@ -348,35 +348,36 @@ class Helios(Network):
         return self.proj_out.weight.dtype
 
     def band_tokens(self, band: Band, conv: nn.Conv3d, grid: tuple[int, int], scale: int, threshold: float):
-        """Visible tokens [B, N, D] of a band and their rotations [N, head_dim / 2], `grid` the short one's."""
+        """Tokens [B, N, D] of a band, their rotations [N, head_dim / 2], and which are visible [N]; `grid` is the short
+        band's."""
         latents, rope = band.latents.to(self.dtype), rope_table(band.indices, *grid, self.config)
         if scale > 1:
             latents, rope = pad_to_multiple(latents, conv.kernel_size), pooled_rope(rope, (scale,) * 3)
-        tokens, rope = patches(latents, conv.kernel_size), rope.flatten(0, 2)
-        if band.visible is not None:
-            visible = pool(band.visible.float(), conv.kernel_size).flatten()
-            keep = (visible >= threshold).nonzero().flatten()
-            tokens, rope = tokens[:, keep], rope[keep]
-        return embed(tokens, conv), rope
+        tokens, rope = embed(patches(latents, conv.kernel_size), conv), rope.flatten(0, 2)
+        if band.visible is None:
+            return tokens, rope, torch.ones(len(rope), dtype=torch.bool, device=rope.device)
+        return tokens, rope, pool(band.visible.float(), conv.kernel_size).flatten() >= threshold
 
     def context(self, history: History, shape: tuple[int, ...]) -> Context:
         """History and target positions for target latents of `shape` (frames, height, width)."""
         frames, height, width = (size // k for size, k in zip(shape, self.config.patch_size))
         device = self.proj_out.weight.device
-        parts = []
-        if history.short is not None:
-            _, rows, columns = (size // k for size, k in zip(history.short.latents.shape[-3:], self.config.patch_size))
-            for band, conv, scale in ((history.long, self.patch_long, 4), (history.mid, self.patch_mid, 2),
-                                      (history.short, self.patch_short, 1)):
-                if band is not None:
-                    parts.append(self.band_tokens(band, conv, (rows, columns), scale, history.threshold))
-        elif history.mid is not None or history.long is not None:
-            raise ValueError("history: a mid or long band needs a short band")
         indices = torch.arange(frames, device=device) if history.indices is None else history.indices
         target = rope_table(indices, height, width, self.config).flatten(0, 2)
-        empty = torch.empty(1, 0, self.config.dim, device=device, dtype=self.dtype)
-        return Context(tokens=torch.cat([tokens for tokens, _ in parts], dim=1) if parts else empty,
-                       rope=torch.cat([rope for _, rope in parts] + [target])[:, None])
+        if history.short is None:
+            if history.mid is not None or history.long is not None:
+                raise ValueError("history: a mid or long band needs a short band")
+            return Context(torch.empty(1, 0, self.config.dim, device=device, dtype=self.dtype), target[:, None])
+        _, rows, columns = (size // k for size, k in zip(history.short.latents.shape[-3:], self.config.patch_size))
+        bands = [(band, conv, scale) for band, conv, scale in (
+            (history.long, self.patch_long, 4), (history.mid, self.patch_mid, 2), (history.short, self.patch_short, 1),
+        ) if band is not None]
+        parts = [self.band_tokens(band, conv, (rows, columns), scale, history.threshold) for band, conv, scale in bands]
+        tokens, rope, visible = (torch.cat(each, dim) for each, dim in zip(zip(*parts), (1, 0, 0)))
+        if any(band.visible is not None for band, *_ in bands):
+            keep = visible.nonzero().flatten()  # of all bands at once, as the host waits for the device here
+            tokens, rope = tokens[:, keep], rope[keep]
+        return Context(tokens, torch.cat([rope, target])[:, None])
 
     def text(self, embeddings: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Prompt embeddings [B, L, text_dim] -> keys and values of every block. All L rows count: the zero rows after

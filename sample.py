@@ -32,7 +32,7 @@ from files.checkpoint import few
 from files.cli import Parser, existing, explain, run_program
 from files.draw import save_png
 from files.folder import STATE
-from files.machine import describe_machine, network_dtype, out_of_memory, peak_memory
+from files.machine import allow_tf32, describe_machine, network_dtype, out_of_memory, peak_memory
 from files.measure import steadiness
 from files.media import read_frames, to_frames
 from files.output import Output, parts_folder
@@ -285,6 +285,7 @@ def report(rollout: Rollout, output: Output, already: int, seconds: float, devic
 def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bool:
     """One video; whether it is whole."""
     check(args, settings)
+    allow_tf32(settings.tf32)
     outputs, inputs = name_files(args, settings)
     with Output(args.out, args.resume) as output:
         if output.done:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import job
 from files.draw import save_ply
+from files.machine import allow_tf32
 from files.media import to_frames
 from files.video import write_video
 from geometry.camera import WINDOW, CameraPath
@@ -43,6 +44,7 @@ class Studio:
         self.args, self.settings = args, job.load_settings(args)
         self.size = job.choose_size(args)
         self.lora = job.choose_lora(args, self.settings)
+        allow_tf32(self.settings.tf32)
         self.models = load_models(Helios, args.weights, self.settings.device, args.memory,
                                   self.settings.vae)
         self.worker = ThreadPoolExecutor(max_workers=1)

@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from files.machine import send
 from files.settings import require
 from geometry.camera import WINDOW
 from helios.flow import Velocity, guide, load_schedule, sample
@@ -89,8 +90,8 @@ def add_noise(latents: Tensor, sigma: tuple[float, float], generator: torch.Gene
     """Latents [B, C, T, h, w] with a share of noise drawn from the range `sigma`, one for all frames or one each."""
     low, high = sigma
     share = torch.rand(latents.shape[2] if each_frame else 1, generator=generator) * (high - low) + low
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    share = share.to(latents.device).view(1, 1, -1, 1, 1)
+    noise = send(torch.randn(latents.shape, generator=generator), latents.device)
+    share = send(share, latents.device).view(1, 1, -1, 1, 1)
     return share * noise + (1 - share) * latents
 
 
@@ -216,7 +217,7 @@ class Rollout:
 
     def normal(self, frames: int) -> Tensor:
         channels, height, width = self.latent_shape
-        return torch.randn(1, channels, frames, height, width, generator=self.generator).to(self.device)
+        return send(torch.randn(1, channels, frames, height, width, generator=self.generator), self.device)
 
     def noised(self, latents: Tensor, sigma: tuple[float, float], each_frame: bool = False) -> Tensor:
         return add_noise(latents, sigma, self.generator, each_frame)
@@ -330,7 +331,7 @@ class Rollout:
             self.on_step(self.chunk, stage, step)
             if negative is not None and step < zeroed:
                 return torch.zeros_like(latents)
-            time = torch.tensor([timestep], device=self.device)
+            time = torch.full((1,), timestep, device=self.device)  # written there: nothing is copied in a step
             self.flops += cost
             guided = transformer(latents, time, text, context)
             if negative is None:

@@ -13,7 +13,7 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import TypeVar
 
-from files.machine import choose_products, out_of_memory
+from files.machine import NEEDS, SIZE, choose_products, out_of_memory, what_fits
 from files.settings import setting_names
 
 T = TypeVar("T")
@@ -66,7 +66,7 @@ def run_program(name: str, program: Callable[[argparse.Namespace], None], args: 
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        print(f"{name}: error: {what_fits(args, error)}", file=sys.stderr)
+        print(f"{name}: error: {need_less(name, args, error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stop:
         print(f"\n{name}: stopped, {str(stop) or 'nothing written'}", file=sys.stderr)
@@ -77,10 +77,21 @@ def run_program(name: str, program: Callable[[argparse.Namespace], None], args: 
 SAVING = {"full": "--memory fp8 or stream, ", "fp8": "--memory stream, "}  # how weights are held -> what takes less
 
 
-def what_fits(args: argparse.Namespace, error: BaseException) -> str:
+def need_less(name: str, args: argparse.Namespace, error: BaseException) -> str:
     """One line for a run that memory was too small for."""
     asked = re.search(r"(?i)(?:tried|unable) to allocate ([\d.]+ ?\w+)", str(error))
     reason = f"out of memory, {asked[1]} more were needed" if asked else "out of memory"
+    # "GPU 0 has a total capacity of 23.64 GiB of which 1.20 GiB is free. ... this process has 22.40 GiB memory in use"
+    card = re.search(r"total capacity of ([\d.]+) GiB of which ([\d.]+) ([GM])iB is free", str(error))
+    if card and name in NEEDS:
+        own = re.search(r"this process has ([\d.]+) GiB memory in use", str(error))
+        free = float(card[2]) / (1 if card[3] == "G" else 1024)
+        room = float(own[1]) + free if own else float(card[1])
+        words = f"--memory {args.memory}" + " --set keep_attention=false" * ("keep_attention=false" in args.set)
+        fit = what_fits(name, words, parse_size(args.size) if args.size else SIZE, room)
+        reason = f"{reason}, {free:.2f} of {card[1]} GiB are free"
+        if fit:
+            return f"{reason}; of the released model {fit}"
     less = SAVING.get(getattr(args, "memory", ""), "")
     return f"{reason}; less is needed with {less}a smaller --size"
 

@@ -12,6 +12,17 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+# GiB that the released model takes on a card, counted by tests/test_card.py: what is held whatever the size, and what a
+# chunk or a training step adds at 384x640, in proportion to the pixels.
+NEEDS = {
+    "sample.py": {"--memory full": (28.07, 2.95), "--memory fp8": (14.99, 2.95), "--memory stream": (3.20, 2.95)},
+    "train.py": {
+        "--memory full": (27.78, 12.14), "--memory full --set keep_attention=false": (27.78, 7.68),
+        "--memory fp8": (15.62, 12.14), "--memory fp8 --set keep_attention=false": (15.62, 7.68),
+        "--memory stream": (2.90, 12.14), "--memory stream --set keep_attention=false": (2.90, 7.68),
+    },
+}
+SIZE = 384, 640
 
 
 def network_dtype(device: torch.device | str) -> torch.dtype:
@@ -29,6 +40,13 @@ def choose_products() -> None:
     fine = torch.full((256, 256), 1 + 2.0**-20)
     if not torch.equal(fine @ torch.eye(256), fine):
         products.fp32_precision = before
+
+
+def send(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on the device, for which the host does not wait: CUDA copies from pinned memory, which torch
+    keeps until the copy is done. mps has no such copy that could be relied on."""
+    pinned = x.pin_memory() if device.type == "cuda" else x
+    return pinned.to(device, non_blocking=device.type != "mps")
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -88,7 +106,8 @@ def free_memory(device: torch.device | str) -> int:
 
 def peak_memory(device: str) -> str:
     if torch.device(device).type == "cuda":
-        return f"{torch.cuda.max_memory_allocated() / GIB:.2f} GiB of GPU memory"
+        used, taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return f"{used / GIB:.2f} GiB of GPU memory ({taken / GIB:.2f} GiB reserved)"
     peak = host_memory()[1]
     return f"{peak / GIB:.2f} GiB of memory" if peak else "memory not known"
 
@@ -99,7 +118,35 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(w in str(error).lower() for w in words)
 
 
+def needed(program: str, words: str, size: tuple[int, int]) -> float:
+    """GiB that the released model takes, by the counted table."""
+    held, work = NEEDS[program][words]
+    return held + work * size[0] * size[1] / (SIZE[0] * SIZE[1])
+
+
+def what_fits(program: str, words: str, size: tuple[int, int], room: float) -> str:
+    """The words, less hungry than those given, with which the released model fits into `room` GiB, of which CUDA takes
+    half a GiB and its allocator's gaps a thirtieth; with a smaller size if it must be. "" if nothing helps."""
+    room = room * 0.97 - 0.5
+    for other in NEEDS[program]:
+        if needed(program, other, size) < min(room, needed(program, words, size)):
+            return f"{other} takes {needed(program, other, size):.1f} GiB at {size[0]}x{size[1]}"
+    for eighths in range(7, 0, -1):
+        smaller = size[0] * eighths // 8 // 64 * 64, size[1] * eighths // 8 // 64 * 64
+        if min(smaller) and needed(program, other, smaller) < room:
+            return f"{other} --size {smaller[0]}x{smaller[1]} takes {needed(program, other, smaller):.1f} GiB"
+    return ""
+
+
 # ------------------------------------------------------------------------------------------------------------- devices
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Convolutions of fp32 numbers on CUDA (the VAE, the heads of Pi3X) with 10 bits of mantissa instead of 23: as
+    torch and so the official code do without being asked, and several times as fast. Products of matrices stay exact:
+    among those in fp32 are cameras and timesteps."""
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def describe_machine(device: str) -> str:

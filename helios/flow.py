@@ -20,6 +20,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from files.checkpoint import read_config, read_json
+from files.machine import send
 
 Velocity = Callable[[Tensor, float, int], Tensor]  # (latents, timestep, step in the stage) -> noise - data, any dtype
 
@@ -223,7 +224,7 @@ def block_noise(shape: torch.Size, gamma: float, generator: torch.Generator, dev
     # float64, as float32 would lose the ridge: there the official factorisation fails on CPU at gamma = 1/3
     factor = torch.linalg.cholesky(covariance).to(generator.device, torch.float32)
     noise = torch.randn(b * c * t * h * w // 4, 4, generator=generator, device=generator.device) @ factor.T
-    return rearrange(noise.to(device), "(b c t h w) (p q) -> b c t (h p) (w q)", b=b, c=c, t=t, h=h // 2, p=2)
+    return rearrange(send(noise, device), "(b c t h w) (p q) -> b c t (h p) (w q)", b=b, c=c, t=t, h=h // 2, p=2)
 
 
 def renoise(x: Tensor, schedule: Schedule, stage: int, generator: torch.Generator) -> Tensor:
@@ -244,7 +245,7 @@ def sample(velocity_for: Callable[[int, torch.Size], Velocity], noise: Tensor, s
     sampler = {"dmd": dmd, "euler": euler, "unipc": partial(
         unipc, order=schedule.solver_order, solver_type=schedule.solver_type,
         lower_order_final=schedule.lower_order_final, disable_corrector=schedule.disable_corrector)}[schedule.sampler]
-    x = downsample_noise(noise, schedule.stages - 1)
+    x, finite, counts = downsample_noise(noise, schedule.stages - 1), [], []
     for stage, count in enumerate(steps):
         mu = shift_mu(x.shape)  # kept for parity: later stages take it from the size that they have before upsampling
         if stage > 0:
@@ -253,9 +254,12 @@ def sample(velocity_for: Callable[[int, torch.Size], Velocity], noise: Tensor, s
         if schedule.stages > 1:  # kept for parity: the pyramid hands the network whole timesteps, one stage doesn't
             times = [float(int(t)) for t in times]
         x = sampler(velocity_for(stage, x.shape), x, times, sigmas)
-        if not x.isfinite().all():  # once a stage, as this waits for the device
-            raise ValueError(f"{where}after stage {stage + 1} of {schedule.stages} ({len(times)} steps) the latents are"
-                             " not finite; are the weights or the LoRA damaged?")
+        finite.append(x.isfinite().all())
+        counts.append(len(times))
+    if False in (each := torch.stack(finite).tolist()):  # asked once, as the host waits for the device here
+        stage = each.index(False)
+        raise ValueError(f"{where}after stage {stage + 1} of {schedule.stages} ({counts[stage]} steps) the latents are"
+                         " not finite; are the weights or the LoRA damaged?")
     return x
 
 
@@ -319,6 +323,6 @@ def training_item(clean: Tensor, noise: Tensor, u: Tensor, schedule: Schedule, s
                   levels: Levels = table_levels) -> Item:
     """What to train on at `stage`; full-size `clean` latents and `noise` are [B, C, T, h, w], `u` is [B] on the CPU."""
     start, end = endpoints(clean, noise, schedule, stage)
-    timestep, sigma = (level.to(clean.device, torch.float32) for level in levels(u, schedule, stage, start.shape))
+    timestep, sigma = (send(level.float(), clean.device) for level in levels(u, schedule, stage, start.shape))
     share = rearrange(sigma, "b -> b 1 1 1 1")
     return Item(share * start + (1 - share) * end, start - end, timestep, sigma)

@@ -22,6 +22,33 @@ from files.checkpoint import Layers, N, build, kept_dtype, locate, open_safetens
 ALIGNMENT = 256  # bytes, as CUDA's own allocations are
 
 
+class Courier:
+    """The way to a CUDA device: pinned memory, a stream that copies, and the events that make the hand-over safe.
+
+    Two streams share the buffers. In whatever order they run, as each waits for an event of the other's,
+    * a copy into a buffer begins after all that was asked of its old block: `used`, recorded on the computing stream;
+    * what is asked of the new block begins after the copy: `copied`, recorded on the copying stream;
+    * pinned memory is written after the last copy from it: for that the reading thread waits, not the program.
+    """
+
+    def __init__(self, device: torch.device, size: int):
+        self.stream, self.copied = torch.cuda.Stream(device), torch.cuda.Event()
+        self.pinned = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def computing(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self.stream.device)
+
+    def wait_for_pinned(self) -> None:
+        self.copied.synchronize()  # at once if there was no copy yet
+
+    def copy(self, buffer: Tensor, used: torch.Event) -> torch.Event:
+        self.stream.wait_event(used)
+        with torch.cuda.stream(self.stream):
+            buffer.copy_(self.pinned, non_blocking=True)
+        self.copied = self.stream.record_event()
+        return self.copied
+
+
 class BlockStream:
     """Two buffers and the thread that fills them."""
 
@@ -34,9 +61,7 @@ class BlockStream:
             self.layout.append((name, dtypes[name], parameter.shape, size))
             size += -(-parameter.numel() * dtypes[name].itemsize // ALIGNMENT) * ALIGNMENT
         self.buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.side: tuple[torch.cuda.Stream, Tensor] | None = None  # on CUDA: a stream of its own, and pinned memory
-        if device.type == "cuda":
-            self.side = torch.cuda.Stream(device), torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        self.courier = Courier(device, size) if device.type == "cuda" else None
         self.reader = ThreadPoolExecutor(max_workers=1)
         self.asked: list[tuple[int, Future] | None] = [None, None]  # of each buffer: the block, and when it is there
         self.latest = -1
@@ -51,7 +76,9 @@ class BlockStream:
 
     def arrive(self, index: int, module: nn.Module, inputs: tuple) -> None:
         """Before a block is used: wait for it, and send for the one that comes next, which has the other buffer."""
-        self.request(index).result()
+        copied = self.request(index).result()
+        if self.courier and copied:
+            self.courier.computing().wait_event(copied)
         count = len(self.places)
         ahead = index + (1 if index > self.latest else -1)
         if ahead == count:  # the end: training goes back, sampling starts again
@@ -63,25 +90,22 @@ class BlockStream:
     def request(self, index: int) -> Future:
         asked = self.asked[index % 2]
         if asked is None or asked[0] != index:
-            # All that has used the buffer so far is queued on the current stream, which this event marks.
-            used = torch.cuda.current_stream(self.side[0].device).record_event() if self.side else None
+            # All that has used the buffer so far is queued on the computing stream, which this event marks.
+            used = self.courier.computing().record_event() if self.courier else None
             asked = self.asked[index % 2] = (index, self.reader.submit(self.read, index, used))
         return asked[1]
 
-    def read(self, index: int, used: "torch.Event | None") -> None:
-        """File -> buffer, on CUDA by way of pinned memory and a stream of its own."""
+    def read(self, index: int, used: torch.Event | None) -> torch.Event | None:
+        """File -> buffer, on CUDA by way of pinned memory; there it returns when the copy is under way, and its end."""
         buffer = self.buffers[index % 2]
-        views = self.views(self.side[1] if self.side else buffer)
+        if self.courier:
+            self.courier.wait_for_pinned()
+        views = self.views(self.courier.pinned if self.courier else buffer)
         for path, names in self.places[index].items():
             with open_safetensors(path) as file:  # anew, so that its pages don't count as ours any longer
                 for name, key in names.items():
                     views[name].copy_(file.get_tensor(key))
-        if self.side and used:
-            stream, pinned = self.side
-            stream.wait_event(used)
-            with torch.cuda.stream(stream):
-                buffer.copy_(pinned, non_blocking=True)
-            stream.synchronize()
+        return self.courier.copy(buffer, used) if self.courier and used else None
 
 
 def load_streamed(network: type[N], folder: str | Path, device: torch.device | str, dtype: torch.dtype,

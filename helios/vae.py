@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from files.checkpoint import Layers, Network
+from files.machine import send
 
 Cache = dict[nn.Module, list[Tensor]]  # of one encode or decode: layer -> its last input frames
 
@@ -324,7 +325,8 @@ class VAE(Network):
 
     def _statistics(self) -> tuple[Tensor, Tensor]:  # mean and 1 / deviation, in the dtype of the weights
         mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (self.config.latents_mean, self.config.latents_std))
-        return mean.to(self.quant_conv.weight), (1 / std).to(self.quant_conv.weight)
+        weight = self.quant_conv.weight
+        return send(mean.to(weight.dtype), weight.device), send((1 / std).to(weight.dtype), weight.device)
 
 
 def to_frame(video: Tensor) -> Tensor:

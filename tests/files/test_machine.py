@@ -102,6 +102,46 @@ def test_out_of_memory_is_one_line(kind, memory, less, capsys):
     assert kind != "CUDA" or "20.00 GiB more" in said
 
 
+CARD = ("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of {total} GiB of which {free} is free."
+        " Including non-PyTorch memory, this process has {own} GiB memory in use. Of the allocated memory 3 GiB ...")
+
+
+@pytest.mark.parametrize("program, memory, settings, size, total, free, own, fits", [
+    ("sample.py", "full", [], None, 23.64, "1.20 GiB", 22.40, "of the released model --memory fp8 takes 17.9 GiB at 384x640"),
+    ("sample.py", "full", [], "768x1280", 79.11, "5.06 GiB", 30.0, "--memory fp8 takes 26.8 GiB at 768x1280"),
+    ("sample.py", "full", [], None, 7.79, "120.00 MiB", 7.6, "--memory stream takes 6.2 GiB at 384x640"),
+    ("sample.py", "stream", [], None, 5.79, "120.00 MiB", 5.6, "--memory stream --size 256x448 takes 4.6 GiB"),
+    ("train.py", "full", [], None, 39.39, "1.20 GiB", 38.0,
+     "--memory full --set keep_attention=false takes 35.5 GiB at 384x640"),
+    ("train.py", "full", ["keep_attention=false"], None, 23.64, "1.20 GiB", 22.4,
+     "--memory stream takes 15.0 GiB at 384x640"),
+    ("sample.py", "stream", [], None, 2.0, "1.00 GiB", 1.0, "less is needed with a smaller --size"),
+    ("sample.py", "fp8", [], None, 23.64, "1.20 GiB", 22.40, "--memory stream takes 6.2 GiB at 384x640"),
+])
+def test_out_of_memory_on_a_card(program, memory, settings, size, total, free, own, fits, capsys):
+    """One line: what was asked, what is free, and what fits by the counted table into what this run can have."""
+    args = argparse.Namespace(memory=memory, set=settings, size=size)
+    error = torch.OutOfMemoryError(CARD.format(total=total, free=free, own=own))
+    assert run_program(program, lambda args: raised(error), args) == 2
+    said = capsys.readouterr().err
+    gib = 0.12 if "MiB" in free else float(free.split()[0])
+    assert said.startswith(f"{program}: error: out of memory, 20.00 GiB more were needed, {gib:.2f} of {total} GiB are free; ")
+    assert said.endswith(f"{fits}\n") and said.count("\n") == 1
+
+
+def test_peaks_of_a_card(monkeypatch):
+    for name, amount in (("max_memory_allocated", 3), ("max_memory_reserved", 4)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, amount=amount: amount * 2**30 if device == "cuda:1" else 0)
+    assert peak_memory("cuda:1") == "3.00 GiB of GPU memory (4.00 GiB reserved)"
+
+
+def test_tf32_is_one_setting(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)
+    for allowed in (False, True):
+        machine.allow_tf32(allowed)
+        assert torch.backends.cudnn.allow_tf32 == allowed and not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_other_errors_of_torch_stay(capsys):
     with pytest.raises(RuntimeError, match="shape"):
         run_program("x", lambda args: torch.ones(2).view(3), argparse.Namespace())

@@ -1,11 +1,17 @@
 """Memory modes: streamed weights give bit-equal results in little memory, fp8 weights nearly equal ones."""
 
+import collections
+import contextlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
+from functools import partial
+from types import SimpleNamespace
 
 import goldens
 import pytest
@@ -76,7 +82,7 @@ def reads(monkeypatch):
 
     def read(self, index, used):
         order.append(index)
-        original(self, index, used)
+        return original(self, index, used)
 
     monkeypatch.setattr(stream.BlockStream, "read", read)
     return order
@@ -139,6 +145,118 @@ def test_the_text_encoder_streams_too():
     for prompt in ("", "a red car drives along the road"):
         full, other = (encode_prompts(DISTILLED, prompt, False, False, "cpu", memory).plain for memory in ("full", "stream"))
         assert torch.equal(full, other)
+
+
+# ------------------------------------------------------------------------------------------------ two simulated streams
+
+
+class World:
+    """Two streams of work, run by chance: what waits for nothing may be next."""
+
+    def __init__(self, seed: int):
+        self.chance, self.lock = random.Random(seed), threading.RLock()
+        self.computing, self.copying = Lane(self), Lane(self)
+
+    def run(self, until) -> None:
+        with self.lock:
+            while not until():
+                ready = [lane for lane in (self.computing, self.copying) if lane.work and lane.work[0][0].done]
+                if not ready:
+                    return
+                self.chance.choice(ready).work.popleft()[1]()
+
+    def go_on(self) -> None:
+        count = self.chance.randrange(6)
+        self.run(lambda budget=iter(range(count)): next(budget, None) is None)
+
+
+class Event:
+    def __init__(self, world: World, done: bool = False):
+        self.world, self.done = world, done
+
+    def finish(self) -> None:
+        self.done = True
+
+    def synchronize(self) -> None:
+        self.world.run(lambda: self.done)
+        assert self.done
+
+
+class Lane:
+    """A stream: (what it waits for, what it then does), one after the other."""
+
+    def __init__(self, world: World):
+        self.world, self.work = world, collections.deque()
+
+    def add(self, action, after: Event | None = None) -> None:
+        with self.world.lock:
+            self.work.append((after or Event(self.world, True), action))
+
+    def wait_event(self, event: Event) -> None:
+        self.add(lambda: None, event)
+
+    def record_event(self) -> Event:
+        event = Event(self.world)
+        self.add(event.finish)
+        return event
+
+
+class Simulated(stream.Courier):
+    """The courier itself, on simulated streams; `leave_out` names one of its three waits."""
+
+    def __init__(self, world: World, size: int, leave_out: str):
+        self.world, self.stream, self.leave_out = world, world.copying, leave_out
+        self.pinned, self.copied = torch.zeros(size, dtype=torch.uint8), Event(world, True)
+
+    def computing(self):
+        lane = self.world.computing
+        return SimpleNamespace(record_event=lane.record_event, wait_event=lambda event: None) if (
+            self.leave_out == "copied") else lane
+
+    def wait_for_pinned(self) -> None:
+        if self.leave_out != "pinned":
+            super().wait_for_pinned()
+
+    def copy(self, buffer, used):
+        later = SimpleNamespace(copy_=lambda pinned, non_blocking: self.stream.add(lambda: buffer.copy_(pinned)))
+        return super().copy(later, Event(self.world, True) if self.leave_out == "used" else used)
+
+
+def wrong_blocks(model: Helios, full: Helios, seed: int, leave_out: str = "") -> int:
+    """How often a block was not the one asked for, in two passes of work on streams that run as chance will."""
+    source, world, wrong = source_of(model), World(seed), []
+    source.courier = Simulated(world, len(source.buffers[0]), leave_out)
+    source.asked, source.latest = [None, None], -1
+
+    def compute(index: int) -> None:
+        held = source.views(source.buffers[index % 2])
+        wrong.append(not all(torch.equal(held[name], value) for name, value in full.blocks[index].named_parameters()))
+
+    with torch.no_grad():
+        for index in [*range(len(full.blocks))] * 2:
+            source.arrive(index, None, ())
+            world.computing.add(partial(compute, index))
+            world.go_on()
+    source.reader.submit(int).result()
+    world.run(lambda: False)
+    assert len(wrong) == 2 * len(full.blocks)
+    return sum(wrong)
+
+
+@pytest.fixture
+def both(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    folder = deep_checkpoint(tmp_path, 5)
+    return streamed(folder), load(Helios, folder)
+
+
+def test_no_order_of_two_streams_mixes_blocks(both):
+    assert [seed for seed in range(60) if wrong_blocks(*both, seed)] == []
+
+
+@pytest.mark.parametrize("leave_out", ["used", "copied", "pinned"])
+def test_each_wait_is_needed(both, leave_out):
+    assert any(wrong_blocks(*both, seed, leave_out) for seed in range(60))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the process's memory from /proc")
