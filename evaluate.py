@@ -1,9 +1,11 @@
 """Numbers for videos: how near they are to the truth, how well their camera follows, and what each idea is worth.
 
+    python evaluate.py results_a results_b --truth videos --out table.md
     python evaluate.py --mini --scenes 20 --seeds 3 --out runs/mini.md     # the miniature's own table
 
-It writes a Markdown table and, beside it, the numbers of every video as json. What is under way is kept in a folder
-beside the table, so that the same words go on after an interruption; `--part i/N` takes every N-th scene.
+It writes a Markdown table and, beside it, the numbers of every video as json and a page that plays the worst and the
+best. What is under way is kept in a folder beside the table, so that the same words go on after an interruption;
+`--part i/N` takes every N-th scene or case.
 """
 
 import argparse
@@ -14,27 +16,47 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+
 from evaluation.ablation import REFERENCE
-from evaluation.quality import libraries
+from evaluation.compare import STRIDE, Pair, Protocol, find_videos, match, read_video
+from evaluation.page import make_page
+from evaluation.quality import Perceptual, libraries
 from evaluation.table import Rows, markdown, means
-from files.cli import Parser, run_program
+from files.cli import Parser, existing, parse_size, run_program
+from files.machine import check_device
 from files.writing import check_apart, replacing
 from geometry.camera import WINDOW
+from geometry.pi3x import Pi3X, find_pi3x, load_pi3x
 from helios.index import check_weights, read_index
 from helios.load import ROOT
 from job import Settings
 from mini.judge import Trial, held_out, judge
 
+Show = Callable[[str], dict[str, np.ndarray]]  # the videos of a name by their labels
+POSES = {".txt", ".json", ".npz", ".npy", ".csv", ".tum", ".traj", ".log"}  # file names of camera paths
+
 
 def parse(words: list[str]) -> argparse.Namespace:
     parser = Parser("evaluate.py", "Measure videos.", Settings())
+    parser.add_argument("results", type=Path, nargs="*", help="folders of videos, or single ones")
+    parser.add_argument("--truth", type=Path, help="the true videos, by the same names")
+    parser.add_argument("--poses", type=Path, help="the true camera paths (default: what Pi3X sees in the truth)")
+    parser.add_argument("--masks", type=Path, help="masks of what is visible, for numbers of these pixels alone")
     parser.add_argument("--mini", action="store_true", help="the miniature's table, on scenes that it never saw")
     parser.add_argument("--out", type=Path, default=Path("runs/table.md"), help="the table; other files lie beside it")
     parser.add_argument("--part", default="0/1", help="i/N: every N-th video, from the i-th on (i from 0)")
+    group = parser.add_argument_group("how it is measured")
+    group.add_argument("--frames", type=int, default=WINDOW, help="the first ones (default: 33)")
+    group.add_argument("--size", help="HEIGHTxWIDTH (default: that of the first results)")
+    group.add_argument("--stretch", action="store_true", help="to that size, instead of cropping around the middle")
+    group.add_argument("--lpips", choices=("on", "off"), default="on")
+    group.add_argument("--geometry", type=Path, help="Pi3X weights, for cameras (default: beside --weights)")
+    group.add_argument("--device", default="cpu", help="of Pi3X (default: cpu)")
     group = parser.add_argument_group("what makes the videos")
     group.add_argument("--weights", type=Path, default=ROOT / "mini", help="a folder in the official layout")
     group.add_argument("--lora", type=Path, nargs="*", help="files; all rows for the first, the full method for others"
@@ -56,12 +78,99 @@ def read_part(text: str) -> slice:
     return slice(int(found[1]), None, int(found[2]))
 
 
-def write(out: Path, text: str, numbers: dict) -> None:
+def write(out: Path, head: list[str], rows: Rows, reference: str | None, shown: str, show: Show,
+          more: str = "", also: dict | None = None) -> None:
+    """The table, its numbers, and the page, of which `shown` is the row whose videos are ranked."""
+    text = markdown(head, rows, reference) + more
+    page = make_page(head, rows, reference, shown, show)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with replacing({"table": out, "numbers": out.with_suffix(".json")}) as files:
+    names = outputs(out)
+    with replacing(names) as files:
         files["table"].write_text(text, encoding="utf-8")
+        numbers = {"head": head, "rows": rows} | (also or {})
         files["numbers"].write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    print(f"{text}\nwrote {out} and {out.with_suffix('.json')}")
+        files["page"].write_text(page, encoding="utf-8")
+    print(f"{text}\nwrote", *names.values())
+
+
+def outputs(out: Path) -> dict[str, Path]:
+    return {"table": out, "numbers": out.with_suffix(".json"), "page": out.with_suffix(".html")}
+
+
+# ------------------------------------------------------------------------------------------------- given videos
+
+
+def find_network(args: argparse.Namespace) -> tuple[Callable[[], Pi3X] | None, str]:
+    """Pi3X for cameras, read when it is needed and kept, and in words which, or why there is none."""
+    file = find_pi3x(args.geometry, args.weights)
+    if file is None:
+        return None, "cameras not measured: no Pi3X (--geometry)"
+    if args.geometry is None and read_index(args.weights).keyframes == 1:
+        return None, "cameras not measured: the miniature's Pi3X does not know how two cameras stand to each other"
+    check_device(args.device)
+    return cache(partial(load_pi3x, file, args.device)), (f"cameras by {file}, of every {STRIDE}th frame, seen"
+            " together; R-Err, T-Err: means over frames, after the scale is aligned")
+
+
+def open_lpips(choice: str) -> Perceptual | None:
+    if choice == "off":
+        return None
+    print("LPIPS: torchvision fetches AlexNet's weights (233 MB) if they are not there yet")
+    return Perceptual()
+
+
+def pair_up(args: argparse.Namespace, protocol: Protocol) -> dict[str, dict[str, Pair]]:
+    """Row -> name -> what is compared. Rows are the folders' names."""
+    truths = {} if args.truth is None else find_videos(args.truth)
+    names = list(truths or find_videos(args.results[0]))
+    paths = {} if args.poses is None else match(args.poses, names, "the truth", POSES)
+    masks = {} if args.masks is None else match(args.masks, names, "the truth")
+    rows, sizes = {}, {}
+    labels = [path.stem for path in args.results]
+    for label, path in zip(labels if len({*labels}) == len(labels) else map(str, args.results), args.results):
+        rows[label] = {}
+        for name, video in match(path, names, str(args.truth or args.results[0])).items():
+            sizes.setdefault(name, read_video(video, Protocol(1), protocol.size).shape[1:3])
+            rows[label][name] = Pair(video, truths.get(name), protocol, sizes[name], paths.get(name), masks.get(name))
+    return rows
+
+
+def show_pairs(rows: dict[str, dict[str, Pair]]) -> Show:
+    """The videos of a name, side by side: all results, the warp, the truth."""
+
+    def show(name: str) -> dict[str, np.ndarray]:
+        pairs = {label: row[name] for label, row in rows.items() if name in row}
+        one = next(iter(pairs.values()))
+        shown = {label: pair.frames for label, pair in pairs.items()}
+        if one.warp is not None:
+            shown["warp"] = read_video(one.warp, one.protocol, one.size)
+        return shown if one.true_frames is None else shown | {"truth": one.true_frames}
+
+    return show
+
+
+def run_compare(args: argparse.Namespace) -> None:
+    if args.truth is None and args.poses is None:
+        raise ValueError("--truth: needed, or --poses, to measure anything against")
+    if not 1 <= args.frames <= 10**5:
+        raise ValueError(f"--frames {args.frames}: expected a number from 1 to 100000")
+    check_apart(outputs(args.out).values(), existing(*args.results, args.truth, args.poses, args.masks))
+    protocol = Protocol(args.frames, None if args.size is None else parse_size(args.size), not args.stretch)
+    pairs = pair_up(args, protocol)
+    perceptual = open_lpips(args.lpips) if args.truth else None
+    pi3x, words = find_network(args)
+    rows = {label: {name: pair.numbers(perceptual, pi3x) for name, pair in row.items()}
+            for label, row in pairs.items()}
+    head = [*describe_measures(args, protocol, words), "nothing is drawn at random here; seeds are those of the videos"]
+    first = next(iter(rows))
+    write(args.out, head, rows, first, first, show_pairs(pairs))
+
+
+def describe_measures(args: argparse.Namespace, protocol: Protocol, cameras: str) -> list[str]:
+    against = [f"{what} {path}" for what, path in
+               (("truth", args.truth), ("paths", args.poses), ("masks", args.masks)) if path is not None]
+    return [", ".join(against), str(protocol), cameras,
+            f"measured with {libraries(args.lpips == 'on')}" + (", LPIPS off" if args.lpips == "off" else ", AlexNet")]
 
 
 # ----------------------------------------------------------------------------------------------------- the miniature
@@ -92,7 +201,7 @@ def run_mini(args: argparse.Namespace) -> None:
     if not all(0 < index < WINDOW for index in args.found):
         raise ValueError(f"--found {args.found}: expected frames from 1 to {WINDOW - 1}")
     trial = Trial(args.weights, args.lora, args.seeds, args.found, args.out.with_suffix(""))
-    check_apart([trial.folder], [args.weights, *args.lora])
+    check_apart([trial.folder, *outputs(args.out).values()], [args.weights, *args.lora])
     seeds = held_out(args.scenes, read_index(args.weights).size)
     there = {seed: trial.read(seed) for seed in seeds}
     wanted = [seed for seed in seeds[read_part(args.part)] if there[seed] is None]
@@ -111,8 +220,14 @@ def run_mini(args: argparse.Namespace) -> None:
             " not show that is near its mean colour",
             f"camera: searched in the known scene, frames {', '.join(map(str, args.found))} of the first seed",
             f"measured with {libraries(False)}"]
-    text = markdown(head, rows, REFERENCE) + "\nThree chunks, warps rendered from the first frame's true depth:\n\n"
-    write(args.out, text + means(walks), {"rows": rows, "walks": walks})
+    more = f"\nThree chunks, warps rendered from the first frame's true depth:\n\n{means(walks)}"
+    columns = {"truth": "the truth", "warp": "the smooth filling alone", "full": REFERENCE, "no camera": "no camera"}
+
+    def show(name: str) -> dict[str, np.ndarray]:
+        seed = int(name.removeprefix("scene-"))
+        return {label: read_video(trial.video(row, seed), Protocol()) for label, row in columns.items()}
+
+    write(args.out, head, rows, REFERENCE, REFERENCE, show, more, {"walks": walks})
 
 
 def gather(scenes: dict[int, dict], key: str) -> Rows:
@@ -131,8 +246,12 @@ def run(args: argparse.Namespace) -> None:
     own = args.weights / "lora.safetensors"
     if args.lora is None:
         args.lora = [own] if own.is_file() else []
+    if args.mini == bool(args.results):
+        raise ValueError("expected videos to measure, or --mini")
     if args.mini:
         run_mini(args)
+    else:
+        run_compare(args)
 
 
 def main(words: list[str] | None = None) -> int:
