@@ -1,6 +1,7 @@
 """Numbers for videos: how near they are to the truth, how well their camera follows, and what each idea is worth.
 
     python evaluate.py results_a results_b --truth videos --out table.md
+    python evaluate.py --protocol davis33 --data DAVIS --ablation --out davis.md
     python evaluate.py --mini --scenes 20 --seeds 3 --out runs/mini.md     # the miniature's own table
 
 It writes a Markdown table and, beside it, the numbers of every video as json and a page that plays the worst and the
@@ -22,20 +23,24 @@ from pathlib import Path
 
 import numpy as np
 
-from evaluation.ablation import REFERENCE
+from evaluation.ablation import REFERENCE, ways
 from evaluation.compare import STRIDE, Pair, Protocol, find_videos, match, read_video
+from evaluation.make import Maker
 from evaluation.page import make_page
+from evaluation.protocols import PROTOCOLS, Case, find_path, read_cases
 from evaluation.quality import Perceptual, libraries
 from evaluation.table import Rows, markdown, means
 from files.cli import Parser, existing, parse_size, run_program
+from files.draw import save_png
 from files.machine import check_device
-from files.writing import check_apart, replacing
+from files.writing import check_apart, fingerprint, replacing
 from geometry.camera import WINDOW
 from geometry.pi3x import Pi3X, find_pi3x, load_pi3x
 from helios.index import check_weights, read_index
-from helios.load import ROOT
+from helios.load import MEMORY, ROOT, files_read
 from job import Settings
 from mini.judge import Trial, held_out, judge
+from wah import model_options
 
 Show = Callable[[str], dict[str, np.ndarray]]  # the videos of a name by their labels
 POSES = {".txt", ".json", ".npz", ".npy", ".csv", ".tum", ".traj", ".log"}  # file names of camera paths
@@ -50,15 +55,23 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--mini", action="store_true", help="the miniature's table, on scenes that it never saw")
     parser.add_argument("--out", type=Path, default=Path("runs/table.md"), help="the table; other files lie beside it")
     parser.add_argument("--part", default="0/1", help="i/N: every N-th video, from the i-th on (i from 0)")
+    group = parser.add_argument_group("a data set, whose videos are made and then measured")
+    group.add_argument("--protocol", choices=PROTOCOLS, help="how a copy of it is laid out, and what is measured")
+    group.add_argument("--data", type=Path, help="the folder of the copy")
+    group.add_argument("--names", nargs="+", help="of its videos (default: all)")
+    group.add_argument("--ablation", action="store_true", help="all rows of the paper's ablation, not the method alone")
     group = parser.add_argument_group("how it is measured")
     group.add_argument("--frames", type=int, default=WINDOW, help="the first ones (default: 33)")
-    group.add_argument("--size", help="HEIGHTxWIDTH (default: that of the first results)")
+    group.add_argument("--size", help="HEIGHTxWIDTH (default: that of the first results; of videos that are made the"
+                                       " model's own)")
     group.add_argument("--stretch", action="store_true", help="to that size, instead of cropping around the middle")
     group.add_argument("--lpips", choices=("on", "off"), default="on")
     group.add_argument("--geometry", type=Path, help="Pi3X weights, for cameras (default: beside --weights)")
     group.add_argument("--device", default="cpu", help="of Pi3X (default: cpu)")
     group = parser.add_argument_group("what makes the videos")
     group.add_argument("--weights", type=Path, default=ROOT / "mini", help="a folder in the official layout")
+    group.add_argument("--memory", default="full", choices=MEMORY, help="as sample.py's (docs/memory.md)")
+    group.add_argument("--seed", type=int, default=0)
     group.add_argument("--lora", type=Path, nargs="*", help="files; all rows for the first, the full method for others"
                                                             " (default: lora.safetensors of the weights, if any)")
     group = parser.add_argument_group("the miniature")
@@ -173,6 +186,88 @@ def describe_measures(args: argparse.Namespace, protocol: Protocol, cameras: str
             f"measured with {libraries(args.lpips == 'on')}" + (", LPIPS off" if args.lpips == "off" else ", AlexNet")]
 
 
+# --------------------------------------------------------------------------------------------------------- data sets
+
+
+def begin_folder(folder: Path, about: dict) -> None:
+    """The folder of what is under way says what it depends on; ValueError if that was something else."""
+    file = folder / "about.json"
+    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != about:
+        raise ValueError(f"{folder}: holds videos that were made with other words, weights or LoRAs; choose another"
+                         " --out, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing({"about": file}) as files:
+        files["about"].write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+
+def open_maker(args: argparse.Namespace, cases: list[Case]) -> Maker:
+    every = ways(args.lora)
+    rows = every if args.ablation else {name: way for name, way in every.items()
+                                        if name.startswith(f"full, {model_options(args.weights).warp_fill}")}
+    words = ["--weights", str(args.weights), "--seed", str(args.seed), "--memory", args.memory,
+             *([] if args.size is None else ["--size", args.size])]
+    settings = [*args.set, f"device={args.device}"]
+    folder, geometry = args.out.with_suffix(""), find_pi3x(args.geometry, args.weights)
+    begin_folder(folder, {
+        "protocol": args.protocol, "names": [case.name for case in cases], "words": words[2:], "settings": settings,
+        "weights": fingerprint(args.weights, files_read(args.weights)), "rows": [*rows],
+        "loras": [fingerprint(path) for path in args.lora], "geometry": geometry and fingerprint(geometry)})
+    return Maker(folder, (*words,), (*settings,), rows, tuple(dict.fromkeys(case.prompt for case in cases)))
+
+
+def first_picture(case: Case, folder: Path) -> Path:
+    """Of a case; of a video its first frame, as a file in the `folder`."""
+    if case.image is not None:
+        return case.image
+    assert case.video is not None
+    file = folder / "pictures" / f"{case.name}.png"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing({"picture": file}) as files:
+            save_png(files["picture"], read_video(case.video, Protocol(1))[0])
+    return file
+
+
+def make_case(case: Case, maker: Maker, poses: Path | None, pi3x: Callable[[], Pi3X] | None) -> Path:
+    """All rows of a case that are not there yet; returns its path."""
+    frames = partial(read_video, case.video or Path(), Protocol())
+    path, settings = find_path(case, poses, maker.folder / "paths", pi3x, frames)
+    picture = first_picture(case, maker.folder)
+    for row in maker.ways:
+        if not maker.video(row, case.name).is_file():
+            maker.make(case, picture, path, settings, row)
+            print(f"{case.name}: {row}", flush=True)
+    return path
+
+
+def run_protocol(args: argparse.Namespace) -> None:
+    if args.data is None:
+        raise ValueError("--data: the folder of your copy is needed")
+    cases = read_cases(args.protocol, args.data, args.names)
+    names = [case.name for case in cases]
+    inputs = existing(args.data, args.poses, args.weights, args.geometry, *args.lora)
+    check_apart([args.out.with_suffix(""), *outputs(args.out).values()], inputs)
+    given = {} if args.poses is None else match(args.poses, names, f"--data {args.data}", POSES)
+    pi3x, words = find_network(args)
+    maker = open_maker(args, cases)
+    paths = {case.name: make_case(case, maker, given.get(case.name), pi3x) for case in cases[read_part(args.part)]}
+    there = sum(maker.video(row, name).is_file() for name in names for row in maker.ways)
+    if there < len(names) * len(maker.ways):
+        print(f"{there} of {len(names) * len(maker.ways)} videos are there; the table comes with the last")
+        return
+    paths |= {case.name: make_case(case, maker, given.get(case.name), pi3x) for case in cases if case.name not in paths}
+    protocol = Protocol(10**5 if args.protocol == "wbench-nav" else WINDOW)
+    pairs = {row: {case.name: Pair(maker.video(row, case.name), case.video, protocol, None, paths[case.name],
+                                   maker.mask(case.name), case.actions, case.perspective)
+                   for case in cases} for row in maker.ways}
+    perceptual = open_lpips(args.lpips) if any(case.video for case in cases) else None
+    rows = {row: {name: pair.numbers(perceptual, pi3x) for name, pair in each.items()} for row, each in pairs.items()}
+    head = [f"{args.protocol}: {len(cases)} videos of {args.data}; {args.weights}, seed {args.seed}",
+            "visible: what the warp shows", *describe_measures(args, protocol, words)[1:]]
+    shown = next(row for row in rows if row.startswith("full"))
+    write(args.out, head, rows, shown, shown, show_pairs(pairs))
+
+
 # ----------------------------------------------------------------------------------------------------- the miniature
 
 
@@ -246,12 +341,10 @@ def run(args: argparse.Namespace) -> None:
     own = args.weights / "lora.safetensors"
     if args.lora is None:
         args.lora = [own] if own.is_file() else []
-    if args.mini == bool(args.results):
-        raise ValueError("expected videos to measure, or --mini")
-    if args.mini:
-        run_mini(args)
-    else:
-        run_compare(args)
+    tasks = {run_compare: bool(args.results), run_protocol: args.protocol is not None, run_mini: args.mini}
+    if sum(tasks.values()) != 1:
+        raise ValueError("expected one of: videos to measure, --protocol, --mini")
+    next(run for run, asked in tasks.items() if asked)(args)
 
 
 def main(words: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from evaluation.navigation import navigation
 from evaluation.quality import Perceptual, measure, steady
 from files.cli import note
 from files.media import fit_image, is_picture, natural_order, read_frames, read_mask, to_frames
@@ -38,7 +39,8 @@ class Protocol:
 
     def __str__(self) -> str:
         size = "the size of the first results" if self.size is None else "x".join(map(str, self.size))
-        return f"the first {self.frames} frames, {'cropped around the middle' if self.crop else 'stretched'} to {size}"
+        which = "all frames" if self.frames > 10**4 else f"the first {self.frames} frames"
+        return f"{which}, {'cropped around the middle' if self.crop else 'stretched'} to {size}"
 
 
 def find_videos(path: Path, files: set[str] = VIDEOS) -> dict[str, Path]:
@@ -116,6 +118,8 @@ class Pair:
     size: tuple[int, int] | None = None  # of the first results
     poses: Path | None = None
     mask: Path | None = None
+    actions: tuple[str, ...] = ()  # WBench's turns
+    perspective: str = ""
 
     @cached_property
     def frames(self) -> np.ndarray:
@@ -146,7 +150,9 @@ class Pair:
         if self.true_frames is not None:
             found |= measure(self.frames, self.true_frames, self.visible, perceptual)
         if pi3x is not None and len(self.frames) > STRIDE and (self.poses or self.true_frames is not None):
-            found |= camera_numbers(cameras(pi3x(), self.frames), self.wanted(pi3x))
+            seen = cameras(pi3x(), self.frames)
+            found |= camera_numbers(seen, self.wanted(pi3x))
+            found |= navigation(seen, [*self.actions], self.perspective) if self.actions else {}
         return found | steady(self.frames)
 
     def wanted(self, pi3x: Callable[[], Pi3X]) -> Tensor:

@@ -128,7 +128,7 @@ def test_cameras_of_a_network(folders):
     (("--truth", "{truth}", "--size", "5"), "--size '5'"),
     (("--truth", "{truth}", "--out", "x.txt"), "ends in .md"),
     (("--truth", "{truth}", "--out", "{truth}/table.md"), "lies in"),
-    (("--truth", "{truth}", "--mini"), "expected videos to measure, or --mini"),
+    (("--truth", "{truth}", "--mini"), "expected one of: videos to measure"),
 ])
 def test_bad_words(folders, capsys, words, message):
     if message == "none of the names of":

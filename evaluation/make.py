@@ -1,0 +1,83 @@
+"""Videos of cases, made as sample.py makes them, with the networks loaded once; what is there is not made again."""
+
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import sample
+from evaluation.ablation import Way
+from evaluation.protocols import Case
+from files.media import to_frames
+from files.settings import show_value
+from files.video import write_video
+from files.writing import replacing
+from geometry.camera import WINDOW
+from helios.load import Models, Prompts, encode_each, load_models
+from job import Job, check, load_settings, prepare
+from model import Helios
+from wah import Rollout
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Rows of videos in a folder: ROW/NAME.mp4 and ROW/NAME_warp.mp4, and masks/NAME.npy of what warps show."""
+
+    folder: Path
+    words: tuple[str, ...]  # for sample.py: weights, seed, size, memory
+    settings: tuple[str, ...]  # for its --set
+    ways: dict[str, Way]
+    prompts: tuple[str, ...]  # of all cases
+
+    def video(self, row: str, case: str) -> Path:
+        return self.folder / re.sub(r"\W+", "-", row).strip("-") / f"{case}.mp4"
+
+    def mask(self, case: str) -> Path:
+        return self.folder / "masks" / f"{case}.npy"
+
+    def job(self, case: Case, picture: Path, path: Path, settings: list[str], way: Way) -> tuple[int, Job]:
+        """Seed, and all of a video's inputs, checked."""
+        options = [f"{name}={show_value(value)}" for name, value in way.options.items()]
+        frames, options = WINDOW * max(len(case.actions), 1), [*self.settings, *settings, *options]
+        args = sample.parse([
+            "--image", str(picture), "--poses", str(path), "--prompt", case.prompt, "--frames", str(frames),
+            "--lora", str(way.lora or "off"), *self.words, *(["--set", *options] if options else [])])
+        chosen = load_settings(args)
+        check(args, chosen)
+        return args.seed, prepare(args, chosen)
+
+    @cached_property
+    def networks(self) -> tuple[Models[Helios], dict[str, Prompts]]:
+        args = sample.parse([*self.words, *(["--set", *self.settings] if self.settings else [])])
+        settings = load_settings(args)
+        lora = any(way.lora for way in self.ways.values())
+        embedded = encode_each(args.weights, [*self.prompts], lora, settings.guidance > 1, settings.device, args.memory)
+        models = load_models(Helios, args.weights, settings.device, args.memory, settings.vae)
+        return models, dict(zip(self.prompts, embedded))
+
+    def make(self, case: Case, picture: Path, path: Path, settings: list[str], row: str) -> None:
+        """Without a camera the picture is the same, and nothing leads."""
+        way = self.ways[row]
+        seed, job = self.job(case, picture, path, settings, way)
+        models, prompts = self.networks
+        rollout = Rollout(models, prompts[case.prompt], job.size, torch.Generator().manual_seed(seed), job.start.image,
+                          camera=job.start.camera if way.led else None, lora=job.lora, options=job.settings)
+        parts: dict[str, list[np.ndarray]] = {"video": [], "warp": [], "mask": []}
+        for control in job.controls:
+            chunk = rollout.next(control.poses, zoom=control.zoom) if way.led else rollout.next()
+            parts["video"].append(to_frames(chunk.frames / 2 + 0.5))
+            if chunk.warp is not None:
+                parts["warp"].append(to_frames(chunk.warp.frames[:, :, -WINDOW:] / 2 + 0.5))
+                parts["mask"].append(chunk.warp.visible[0, 0, -WINDOW:].cpu().numpy() > 0.5)
+        video = self.video(row, case.name)
+        files = {"warp": video.with_name(f"{case.name}_warp.mp4"), "mask": self.mask(case.name)} if way.led else {}
+        for file in (video, *files.values()):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(files | {"video": video}) as names:  # the video last: it says that all is there
+            for name in names.keys() - {"mask"}:
+                write_video(names[name], np.concatenate(parts[name]), job.fps)
+            if "mask" in names:
+                np.save(names["mask"], np.concatenate(parts["mask"]))
