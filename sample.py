@@ -78,7 +78,7 @@ DEMO = {
 }
 
 
-HELP = """settings (--set NAME=VALUE ...), and what they are else:
+HELP = """settings (--NAME VALUE, or --set NAME=VALUE ...), and what they are else:
   geometry=FILE keyframes=8 fov=55     Pi3X weights; pictures it sees at once; the picture's field of view
   seed=0 fps=24 resample=true          random numbers; frame rate; stretch the path to it or to --frames
   steps=2,2,2 guidance=1 threshold=0.1 numbers of the sampler; docs/options.md has all

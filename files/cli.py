@@ -11,10 +11,9 @@ from contextlib import contextmanager
 from functools import cache
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 from files.machine import NEEDS, SIZE, choose_products, out_of_memory, what_fits
-from files.settings import setting_names
 
 T = TypeVar("T")
 WHAT_TO_DO = {
@@ -117,21 +116,32 @@ def given_path(text: str) -> Path:
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line. A name that only --set knows is answered with that spelling."""
+    """Errors are one line. `--name value` is another spelling of `--set name=value`; `--name` alone of name=true."""
 
     def __init__(self, name: str, about: str, settings: object):
         super().__init__(name, usage=argparse.SUPPRESS, description=about, allow_abbrev=False)
-        self.settings = settings
+        self.kinds = get_type_hints(type(settings))
         self.register("type", Path, given_path)
         self.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE", help=argparse.SUPPRESS)
 
+    def parse_args(self, words: list[str]) -> argparse.Namespace:  # pyright: ignore[reportIncompatibleMethodOverride]
+        said, coming = [], list(words)
+        while coming:
+            word = coming.pop(0)
+            option, given, value = word.partition("=")
+            name = option.removeprefix("--").replace("-", "_")
+            if word[:2] != "--" or name not in self.kinds or option in self._option_string_actions:
+                said.append(word)
+                continue
+            if not given:
+                alone = self.kinds[name] is bool and coming[:1] not in (["true"], ["false"])
+                if not (alone or coming):
+                    self.error(f"{option}: expected a value")
+                value = "true" if alone else coming.pop(0)
+            said += ["--set", f"{name}={value}"]
+        return super().parse_args(said)
+
     def error(self, message: str):
-        names = setting_names(self.settings)
-        words = message.rpartition(": ")[2].split()
-        known = [word for word in words if word.lstrip("-").partition("=")[0].replace("-", "_") in names]
-        if "unrecognized" in message and known:
-            name = known[0].lstrip("-").partition("=")[0].replace("-", "_")
-            message = f"{known[0]}: expected --set {name}=VALUE"
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         raise SystemExit(2)
 

@@ -16,7 +16,7 @@ import job
 import sample
 import train
 from docs.refresh import PAGES, ROOT, refresh
-from files.settings import parse_settings
+from files.settings import parse_settings, setting_names
 
 PAGES = [*PAGES, ROOT / "weights/README.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -92,7 +92,8 @@ def option_names() -> set[str]:
     required = {"train": ["--video", "x"], "render": ["--image", "x", "--move", "hold"], "mini.geometry": ["train"],
                 "mini.pretrain": ["dit"]}
     parsers = [parser for program in PROGRAMS for parser in parse(program, required.get(program, []))[0]]
-    return {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
+    return options | {f"--{name}" for settings in SETTINGS.values() for name in setting_names(settings)}
 
 
 @each_page

@@ -335,9 +335,3 @@ def test_files_beside_the_clip_are_inputs(capsys, place_of):
     words = ["--video", "clip.mp4", "--move", "right 1", *QUICK, "--set", "latents=x.safetensors"]
     Path("x.safetensors").symlink_to("clip.json")
     refused(capsys, place_of, words, "x.safetensors", "clip.json")
-
-
-def test_the_old_spelling_of_the_rate_is_answered(capsys):
-    with pytest.raises(SystemExit):
-        sample(*AGAIN, "--fps", "12")
-    assert "--set fps=VALUE" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""What the command lines share: one line for what is wrong, an exit status, and the spelling that --set takes."""
+"""What the command lines share: one line for what is wrong, an exit status, and the two spellings of a setting."""
 
 import argparse
 import errno
@@ -21,14 +21,23 @@ def said(capsys, program, words: list[str]) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("program, words, spelling", [
-    (sample, ["--keyframes", "3"], "--keyframes: expected --set keyframes=VALUE"),
-    (sample, ["--image", "x.png", "--warp-sigma=0.1,0.2"], "expected --set warp_sigma=VALUE"),
-    (sample, ["--fov", "50", "--frames", "33"], "--fov: expected --set fov=VALUE"),
-    (train, ["--video", "x", "--rank", "3"], "--rank: expected --set rank=VALUE"),
+@pytest.mark.parametrize("words, settings", [
+    (["--keyframes", "3"], ["keyframes=3"]),
+    (["--image", "x.png", "--warp-sigma=0.1,0.2", "--set", "fov=50"], ["warp_sigma=0.1,0.2", "fov=50"]),
+    (["--check", "--size", "64x64"], ["check=true"]),
+    (["--align", "false", "--drop=false"], ["align=false", "drop=false"]),
 ])
-def test_a_setting_is_answered_with_its_spelling(capsys, program, words, spelling):
-    assert spelling in said(capsys, program, words)
+def test_a_setting_has_two_spellings(words, settings):
+    assert sample.parse(words).set == settings and sample.parse(words).words == words
+
+
+def test_an_option_that_is_also_a_setting_stays_one():
+    assert train.parse(["--video", "x", "--device", "cpu", "--rank", "3"]).set == ["rank=3"]
+
+
+@pytest.mark.parametrize("words", [["--keyframes"], ["--video", "x.mp4", "--seed"]])
+def test_a_setting_without_a_value(capsys, words):
+    assert f"{words[-1]}: expected a value" in said(capsys, sample, words)
 
 
 @pytest.mark.parametrize("program, words, parts", [
