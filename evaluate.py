@@ -3,6 +3,7 @@
     python evaluate.py results_a results_b --truth videos --out table.md
     python evaluate.py --protocol davis33 --data DAVIS --ablation --out davis.md
     python evaluate.py --mini --scenes 20 --seeds 3 --out runs/mini.md     # the miniature's own table
+    python evaluate.py --few-shot 0 1 3 5 7 --out runs/fewshot.md          # LoRAs of so many clips
 
 It writes a Markdown table and, beside it, the numbers of every video as json and a page that plays the worst and the
 best. What is under way is kept in a folder beside the table, so that the same words go on after an interruption;
@@ -29,9 +30,9 @@ from evaluation.make import Maker
 from evaluation.page import make_page
 from evaluation.protocols import PROTOCOLS, Case, find_path, read_cases
 from evaluation.quality import Perceptual, libraries
-from evaluation.table import Rows, markdown, means
+from evaluation.table import Rows, column, markdown, mean_error, means, title
 from files.cli import Parser, existing, parse_size, run_program
-from files.draw import save_png
+from files.draw import draw_means, save_png
 from files.machine import check_device
 from files.writing import check_apart, fingerprint, replacing
 from geometry.camera import WINDOW
@@ -39,6 +40,7 @@ from geometry.pi3x import Pi3X, find_pi3x, load_pi3x
 from helios.index import check_weights, read_index
 from helios.load import MEMORY, ROOT, files_read
 from job import Settings
+from mini.fewshot import MOST, train_loras
 from mini.judge import Trial, held_out, judge
 from wah import model_options
 
@@ -75,6 +77,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     group.add_argument("--lora", type=Path, nargs="*", help="files; all rows for the first, the full method for others"
                                                             " (default: lora.safetensors of the weights, if any)")
     group = parser.add_argument_group("the miniature")
+    group.add_argument("--few-shot", type=int, nargs="+", metavar="CLIPS", help="train LoRAs of so many clips (0: none)"
+                                                                          " and compare them; --set is train.py's")
     group.add_argument("--scenes", type=int, default=20)
     group.add_argument("--seeds", type=int, default=3)
     group.add_argument("--found", type=int, nargs="+", default=[WINDOW // 2, WINDOW - 1],
@@ -288,15 +292,13 @@ def side_by_side(work: Callable[[int], None], items: list[int], processes: int) 
             pool.shutdown(cancel_futures=True)
 
 
-def run_mini(args: argparse.Namespace) -> None:
-    """The scenes that are not measured yet, then, if all are there, the table."""
+def run_trial(args: argparse.Namespace, trial: Trial) -> dict[int, dict] | None:
+    """The scenes that are not measured yet; all of them, when all are there."""
     for name in ("scenes", "seeds", "processes"):
         if not 1 <= getattr(args, name) <= 10**4:
             raise ValueError(f"--{name} {getattr(args, name)}: expected a number from 1 to 10000")
     if not all(0 < index < WINDOW for index in args.found):
         raise ValueError(f"--found {args.found}: expected frames from 1 to {WINDOW - 1}")
-    trial = Trial(args.weights, args.lora, args.seeds, args.found, args.out.with_suffix(""))
-    check_apart([trial.folder, *outputs(args.out).values()], [args.weights, *args.lora])
     seeds = held_out(args.scenes, read_index(args.weights).size)
     there = {seed: trial.read(seed) for seed in seeds}
     wanted = [seed for seed in seeds[read_part(args.part)] if there[seed] is None]
@@ -307,22 +309,62 @@ def run_mini(args: argparse.Namespace) -> None:
     there = {seed: found for seed in seeds if (found := trial.read(seed))}
     if len(there) < len(seeds):
         print(f"{len(there)} of {len(seeds)} scenes are there; the table comes with the last")
+        return None
+    return there
+
+
+def describe_scenes(args: argparse.Namespace) -> list[str]:
+    size = "x".join(map(str, read_index(args.weights).size))
+    return [f"{args.scenes} held-out scenes of the miniature's world, {args.seeds} seeds from 0 on, whose numbers are"
+            f" averaged before errors are taken; {size} pixels",
+            "the 32 frames after the first, which is given; exact warps; ghost: the share of what the first frame does"
+            " not show that is near its mean colour", f"measured with {libraries(False)}"]
+
+
+def show_scene(trial: Trial, columns: dict[str, str], name: str) -> dict[str, np.ndarray]:
+    """Videos of a scene by their labels, from the rows of the `columns`."""
+    seed = int(name.removeprefix("scene-"))
+    return {label: read_video(trial.video(row, seed), Protocol()) for label, row in columns.items()}
+
+
+def run_few_shot(args: argparse.Namespace) -> None:
+    """LoRAs of so many clips, trained, then measured beside one another: a table and a plot."""
+    counts = sorted({*args.few_shot})
+    if not (len(counts) > 1 and 0 <= counts[0] and counts[-1] <= MOST):
+        raise ValueError(f"--few-shot {args.few_shot}: expected two or more numbers of clips, from 0 to {MOST}")
+    folder, plot = args.out.with_suffix(""), args.out.with_suffix(".png")
+    check_apart([folder, plot, *outputs(args.out).values()], [args.weights])
+    loras = train_loras(counts, folder, args.weights, args.set)
+    trial = Trial(args.weights, loras, args.seeds, [], folder / "scenes", full=True)
+    there = run_trial(args, trial)
+    if there is None:
+        return
+    fill = model_options(args.weights).warp_fill
+    names = {count: f"full, {fill} filling" + (f", LoRA {count}-clips" if count else "") for count in counts}
+    found = gather(there, "rows")
+    rows = {f"{count} clips": found[names[count]] for count in counts}
+    head = [*describe_scenes(args), f"LoRAs by the weights' recipe{' and ' if args.set else ''}{' '.join(args.set)}"]
+    lines = {title(metric): [mean_error(column(row, metric)) for row in rows.values()]
+             for metric in ("psnr visible", "psnr", "psnr not visible")}
+    with replacing({"plot": plot}) as files:
+        save_png(files["plot"], draw_means([*map(float, counts)], lines, "clips that the LoRA learnt from"))
+    shown = {f"{count} clips": name for count, name in names.items()}
+    write(args.out, head, rows, f"{counts[0]} clips", f"{counts[-1]} clips", partial(show_scene, trial, shown))
+    print("and", plot)
+
+
+def run_mini(args: argparse.Namespace) -> None:
+    trial = Trial(args.weights, args.lora, args.seeds, args.found, args.out.with_suffix(""))
+    check_apart([trial.folder, *outputs(args.out).values()], [args.weights, *args.lora])
+    there = run_trial(args, trial)
+    if there is None:
         return
     rows, walks = (gather(there, key) for key in ("rows", "walks"))
-    head = [f"{len(seeds)} held-out scenes of the miniature's world, {args.seeds} seeds from 0 on, whose numbers are"
-            f" averaged before errors are taken; {'x'.join(map(str, read_index(args.weights).size))} pixels",
-            "the 32 frames after the first, which is given; exact warps; ghost: the share of what the first frame does"
-            " not show that is near its mean colour",
-            f"camera: searched in the known scene, frames {', '.join(map(str, args.found))} of the first seed",
-            f"measured with {libraries(False)}"]
+    head = [*describe_scenes(args),
+            f"camera: searched in the known scene, frames {', '.join(map(str, args.found))} of the first seed"]
     more = f"\nThree chunks, warps rendered from the first frame's true depth:\n\n{means(walks)}"
     columns = {"truth": "the truth", "warp": "the smooth filling alone", "full": REFERENCE, "no camera": "no camera"}
-
-    def show(name: str) -> dict[str, np.ndarray]:
-        seed = int(name.removeprefix("scene-"))
-        return {label: read_video(trial.video(row, seed), Protocol()) for label, row in columns.items()}
-
-    write(args.out, head, rows, REFERENCE, REFERENCE, show, more, {"walks": walks})
+    write(args.out, head, rows, REFERENCE, REFERENCE, partial(show_scene, trial, columns), more, {"walks": walks})
 
 
 def gather(scenes: dict[int, dict], key: str) -> Rows:
@@ -341,9 +383,10 @@ def run(args: argparse.Namespace) -> None:
     own = args.weights / "lora.safetensors"
     if args.lora is None:
         args.lora = [own] if own.is_file() else []
-    tasks = {run_compare: bool(args.results), run_protocol: args.protocol is not None, run_mini: args.mini}
+    tasks = {run_compare: bool(args.results), run_protocol: args.protocol is not None, run_mini: args.mini,
+             run_few_shot: args.few_shot is not None}
     if sum(tasks.values()) != 1:
-        raise ValueError("expected one of: videos to measure, --protocol, --mini")
+        raise ValueError("expected one of: videos to measure, --protocol, --mini, --few-shot")
     next(run for run, asked in tasks.items() if asked)(args)
 
 

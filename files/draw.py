@@ -99,3 +99,33 @@ def draw_curve(losses: list[float]) -> np.ndarray:
     draw.line([(left, top), (left, bottom), (right, bottom)], fill="black")
     draw.text((left, 10), f"loss over steps; dark: the mean of 25, now {mean[-1]:.4g}", fill="darkblue")
     return np.array(image)
+
+
+def draw_means(places: list[float], lines: dict[str, list[tuple[float, float]]], along: str) -> np.ndarray:
+    """Lines of means with standard errors (nan: not known) over `places`, all on one scale: [360, 640, 3] uint8."""
+    image = Image.new("RGB", (640, 360), "white")
+    draw, colors = ImageDraw.Draw(image), ("darkblue", "darkorange", "darkgreen", "firebrick")
+    left, top, right, bottom = 56, 40, 610, 310
+    ends = [mean + sign * np.nan_to_num(error) for line in lines.values() for mean, error in line for sign in (-1, 1)]
+    low, high, span = min(ends), max(ends), max(places) - min(places)
+    low, high = low - 0.05 * (high - low) - 1e-6, high + 0.05 * (high - low) + 1e-6
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across, up = (x - min(places)) / (span or 1), (y - low) / (high - low)
+        return left + (right - left) * across, bottom - (bottom - top) * up
+
+    for value in np.linspace(low, high, 5):
+        draw.line([place(min(places), value), place(max(places), value)], fill="lightgray")
+        draw.text((left - 6, place(0, value)[1]), f"{value:.1f}", fill="black", anchor="rm")
+    for x in places:
+        draw.text((place(x, 0)[0], bottom + 6), f"{x:g}", fill="black", anchor="ma")
+    draw.text(((left + right) / 2, bottom + 24), along, fill="black", anchor="ma")
+    for number, (name, line) in enumerate(lines.items()):
+        color = colors[number % len(colors)]
+        draw.line([place(x, mean) for x, (mean, _) in zip(places, line)], fill=color, width=2)
+        for x, (mean, error) in zip(places, line):
+            column = place(x, mean)[0]
+            draw.line([(column, place(x, mean + sign * np.nan_to_num(error))[1]) for sign in (-1, 1)], fill=color)
+            draw.ellipse([column - 3, place(x, mean)[1] - 3, column + 3, place(x, mean)[1] + 3], fill=color)
+        draw.text((left + 150 * number, 14), name, fill=color)
+    return np.array(image)

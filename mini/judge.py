@@ -52,10 +52,11 @@ class Trial:
     seeds: int
     found: list[int]  # frames whose camera is searched
     folder: Path  # where they go
+    full: bool = False  # the full method alone, as the weights have it
 
     def about(self) -> dict:
         geometry = find_pi3x(None, self.weights)
-        return {"weights": fingerprint(self.weights, files_read(self.weights)), "seeds": self.seeds,
+        return {"full": self.full, "weights": fingerprint(self.weights, files_read(self.weights)), "seeds": self.seeds,
                 "geometry": geometry and fingerprint(geometry), "found": self.found,
                 "loras": {path.stem: fingerprint(path) for path in self.loras}}
 
@@ -102,9 +103,13 @@ def generate(models: Models, prompts: Prompts, scene: Scene, seed: int, warp: Wa
     return rollout.next(warp=warp).frames
 
 
-def all_ways(scene: Scene, loras: list[Path]) -> Iterator[tuple[str, Warp | None, Way]]:
+def all_ways(scene: Scene, trial: Trial, fill: str) -> Iterator[tuple[str, Warp | None, Way]]:
     """Rows, the warps that lead them, and how they are made."""
-    for name, way in ways(loras).items():
+    for name, way in ways(trial.loras).items():
+        if trial.full and name.startswith(f"full, {fill}"):
+            yield name, scene.warp, way
+        if trial.full:
+            continue
         yield name, scene.warp if way.led else None, way
         if name.startswith("full, smooth") and scene.estimated is not None:
             yield name.replace("full", "full, estimated geometry"), scene.estimated, way
@@ -153,8 +158,8 @@ def judge(seed: int, trial: Trial) -> None:
     scene = make_scene(seed, None if geometry is None else load_pi3x(geometry), read_index(trial.weights).size)
     prompts = encode_prompts(trial.weights, scene.clip.caption, bool(trial.loras), defaults.guidance > 1, "cpu")
     loras = {path: load_lora(path) for path in trial.loras}
-    made = {name: [video] for name, video in bounds(scene, models).items()}
-    for name, warp, way in all_ways(scene, trial.loras):
+    made = {} if trial.full else {name: [video] for name, video in bounds(scene, models).items()}
+    for name, warp, way in all_ways(scene, trial, defaults.warp_fill):
         options = replace(defaults, **way.options)
         lora = None if way.lora is None else loras[way.lora]
         made[name] = [generate(models, prompts, scene, each, warp, options, lora) for each in range(trial.seeds)]
@@ -164,11 +169,11 @@ def judge(seed: int, trial: Trial) -> None:
         frames = [to_frames(video / 2 + 0.5) for video in videos]
         each = [numbers(video, truth, visible) for video in frames]
         results[name] = {metric: float(np.mean([one[metric] for one in each if metric in one])) for metric in each[0]}
-        results[name] |= camera_error(videos[0], scene, trial.found)
+        results[name] |= camera_error(videos[0], scene, trial.found) if trial.found else {}
         save_video(trial.video(name, seed), frames[0])
     walks = {f"full, {defaults.warp_fill} filling" + (f", LoRA {path.stem}" if path else ""):
              walk(seed, trial, models, prompts, loras[path] if path else None, defaults)
-             for path in (None, *trial.loras[:1])}
+             for path in (() if trial.full else (None, *trial.loras[:1]))}
     with replacing({"scene": trial.file(seed)}) as files:
         found = {"about": trial.about(), "rows": results, "walks": walks}
         files["scene"].write_text(json.dumps(found, indent=1) + "\n")

@@ -341,7 +341,7 @@ STILLS = {  # demo pictures: seeds far from those of the training clips, and mov
 }  # fmt: skip
 
 
-KNOWN = 1_100_003, 1_100_007, 1_100_008, 1_100_009  # seeds of clips for LoRAs of several videos
+KNOWN = 1_100_003, 1_100_007, 1_100_008, 1_100_009, 1_100_010, 1_100_012  # seeds of clips for LoRAs of several videos
 
 
 def write_path(path: Path, fov_x: float, c2w: Tensor) -> None:
@@ -361,7 +361,7 @@ def write_clip(folder: Path, name: str, make: Callable[[int, tuple[int, int]], C
 
 
 def write_known(folder: Path) -> None:
-    """The demo clip and four others, and a csv of all."""
+    """The demo clip and six others, and a csv of all."""
     folder.mkdir(parents=True, exist_ok=True)
     makers = {"car-roundabout": car_roundabout} | {f"clip-{seed}": partial(make_clip, seed) for seed in KNOWN}
     lines = [f'{name}.mp4,"{write_clip(folder, name, make)}"' for name, make in makers.items()]

@@ -1,0 +1,71 @@
+"""The curve over the number of clips: trained, stopped, gone on with, measured, drawn."""
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from files.draw import draw_means
+from mini import fewshot, judge, world
+from mini.pretrain import HELD_OUT
+from mini.world import make_clip
+
+WEIGHTS = Path(__file__).parents[2] / "weights" / "mini"
+
+
+def two_clips(folder):
+    """Small ones in place of the known ones."""
+    folder.mkdir(parents=True)
+    for name, seed in (("one", 5), ("two", 6)):
+        world.write_clip(folder, name, lambda frames, size, seed=seed: make_clip(seed, 33, (64, 96)))
+    (folder / "clips.csv").write_text("video,prompt\none.mp4,a room\ntwo.mp4,a square\n")
+
+
+def test_the_curve(tmp_path, monkeypatch, capsys):
+    small = tmp_path / "small"
+    shutil.copytree(WEIGHTS, small)
+    index = json.loads((small / "model_index.json").read_text())
+    (small / "model_index.json").write_text(json.dumps(index | {"height": 64, "width": 96}))
+    monkeypatch.setattr(fewshot, "write_known", two_clips)
+    monkeypatch.setattr(evaluate, "held_out", lambda scenes, size: [HELD_OUT + 2000 + each for each in range(scenes)])
+    trained, once = [], fewshot.train.main
+
+    def count(words, code=None):
+        trained.append((sum(word == "--video" for word in words), "--resume" in words))
+        return code or once(words)
+
+    out = tmp_path / "curve.md"
+    words = ["--few-shot", "2", "0", "1", "--weights", str(small), "--scenes", "1", "--seeds", "1", "--processes", "1",
+             "--out", str(out), "--set", "steps=3", "rank=4", "draws=1", "warmup=0", "save_every=1", "lr=0.02"]
+    monkeypatch.setattr(fewshot.train, "main", partial(count, code=2))
+    assert evaluate.main(words) == 2 and "the LoRA of 1 clips was not made" in capsys.readouterr().err
+    monkeypatch.setattr(fewshot.train, "main", count)
+    assert evaluate.main(words) == 0
+    assert trained == [(1, False), (1, False), (2, False)]
+    rows = json.loads(out.with_suffix(".json").read_text())["rows"]
+    assert [*rows] == ["0 clips", "1 clips", "2 clips"]
+    found = [row[f"scene-{HELD_OUT + 2000}"]["psnr"] for row in rows.values()]
+    assert len({*found}) == 3, found
+    assert "difference from 0 clips" in out.read_text() and "steps=3" in out.read_text()
+    assert Image.open(out.with_suffix(".png")).size == (640, 360)
+    monkeypatch.setattr(judge, "judge", None)
+    assert evaluate.main(words) == 0 and len(trained) == 3
+
+
+@pytest.mark.parametrize("counts", [["1"], ["0", "99"], ["-1", "1"]])
+def test_numbers_of_clips(counts, capsys, tmp_path):
+    assert evaluate.main(["--few-shot", *counts, "--out", str(tmp_path / "x.md")]) == 2
+    assert "--few-shot" in capsys.readouterr().err
+
+
+def test_the_plot():
+    """A mean stands where its number is on the scale, and an error reaches above and below it."""
+    plot = draw_means([0.0, 4.0], {"a": [(1.0, 0.5), (3.0, float("nan"))]}, "clips").astype(int)
+    blue = (np.abs(plot - [0, 0, 139]).sum(-1) < 60)
+    first, last = np.nonzero(blue[30:320, 56])[0] + 30, np.nonzero(blue[30:320, 610])[0] + 30
+    assert last.max() < first.min() and len(first) > 3 * len(last)
