@@ -60,6 +60,7 @@ from helios.load import (
     load_models,
     prompt_at,
 )
+from helios.lora import Lora
 from helios.taehv import find_taehv
 from helios.team import follow, lead, ranks
 from job import Job, Settings, check, clip_files, is_filmed, load_settings, prepare
@@ -166,11 +167,17 @@ def measure(job: Job, video: Path) -> dict[str, float]:
 FREE = {"out", "resume", "memory", "words", "set", "latents", "check", "compile", "device", "split", "list", "part"}
 
 
+def lora_files(lora: Lora | None) -> list[str]:
+    """What a LoRA's file holds, and the settings that PEFT keeps beside it."""
+    source = [] if lora is None else [Path(lora.source), Path(lora.source).with_name("adapter_config.json")]
+    return [fingerprint(file) for file in source]
+
+
 def describe_job(args: argparse.Namespace, job: Job) -> dict:
     """What the video depends on; files and folders by what they hold."""
     about = vars(args) | asdict(job.settings) | {
         "size": job.size, "frames": job.frames, "fps": job.fps, "fp8": args.memory == "fp8",
-        "dtype": str(network_dtype(job.settings.device)), "lora": Path(job.lora.source) if job.lora else None,
+        "dtype": str(network_dtype(job.settings.device)), "lora": lora_files(job.lora),
         "weights": fingerprint(args.weights, files_read(args.weights)),
         "geometry": job.pi3x_file, "taehv": None if job.settings.vae == "wan" else find_taehv(args.weights),
         "warp": [fingerprint(path) for path in args.warp or ()],
@@ -241,8 +248,11 @@ class Networks:
         return prompts, self.loaded
 
 
-def generate(args: argparse.Namespace, job: Job, output: Output, networks: Networks) -> Rollout:
-    """Make the video; Ctrl-C after the first chunk ends it early."""
+def generate(args: argparse.Namespace, job: Job, output: Output, networks: Networks) -> Tensor:
+    """Make the video, unless all chunks are there; Ctrl-C after the first one ends it early. Returns the latents that
+    precede it."""
+    if output.rollout is not None and output.count == job.frames:
+        return output.rollout["given"]
     settings, start = job.settings, job.start
     prompts, models = networks.give(args, job)
     progress = Progress(settings, models.schedule.sampler == "dmd", job.chunks)
@@ -270,7 +280,7 @@ def generate(args: argparse.Namespace, job: Job, output: Output, networks: Netwo
         shares = shares[: output.count - already * WINDOW]
         print(describe_visible(shares, already * WINDOW))
     report(rollout, output, already, time.perf_counter() - begin, settings.device)
-    return rollout
+    return rollout.given
 
 
 def report(rollout: Rollout, output: Output, already: int, seconds: float, device: str) -> None:
@@ -294,13 +304,13 @@ def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bo
         job = prepare(args, settings)
         try_encoder(job.fps, job.size)
         output.begin(describe_job(args, job), job.frames, job.fps, job.led, describe_machine(settings.device))
-        rollout = generate(args, job, output, networks)
+        given = generate(args, job, output, networks)
         with replacing(outputs, inputs) as files:
             for name in files.keys() & {"video", "warp"}:
                 output.join(f"_{name}.mp4", files[name])
             save_png(files["sheet"], output.sheet())
             if "latents" in files:
-                files["latents"].write_bytes(save({"latents": output.latents(rollout.given)}))
+                files["latents"].write_bytes(save({"latents": output.latents(given)}))
             if job.filmed is not None:
                 files["path"].write_text(path_json(job.filmed) + "\n")
             if "check" in files:

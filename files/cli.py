@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import os
 import re
 import signal
 import sys
@@ -52,13 +53,20 @@ def check_frames(frames: int | None) -> None:
 
 
 def run_program(name: str, program: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Exit status 0; 2 and one line on stderr for bad input; 130 when the user stops it."""
+    """Exit status 0; 2 and one line on stderr for bad input; 130 when the user stops it; 141 when nobody reads what it
+    prints any more, 0 if that comes out at the end of it."""
     for stream in (sys.stdout, sys.stderr):  # a console that has not all letters shows others; None if it is closed
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     choose_products()
+    finished = False
     try:
         program(args)
+        finished = True
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads what is printed any more, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0 if finished else 141  # what a shell reports for it
     except (ValueError, OSError) as error:
         print(f"{name}: error: {explain(error)}", file=sys.stderr)
         return 2

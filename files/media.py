@@ -214,11 +214,6 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
         raise ValueError(f"{path}: no frames")
 
 
-def load_video(path: str | Path) -> np.ndarray:
-    """All of `read_frames`: uint8 [T,H,W,3]."""
-    return np.stack(list(read_frames(path)))
-
-
 def read_mask(path: str | Path) -> Iterator[np.ndarray]:
     """The frames of a visibility mask, one by one: [H,W] float32 in 0..1. From a video, a folder of pictures, or an
     .npy [T,H,W] (bool, or numbers in 0..1 or 0..255)."""

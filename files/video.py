@@ -23,6 +23,7 @@ from av.stream import Disposition
 from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
 from files.cli import note, what_to_do
+from files.writing import lasting
 
 MAX_PIXELS = 8192**2  # of one picture or frame: a small file never takes more than 1 GiB
 PQ, HLG, BT709 = 16, 18, 1  # numbers of ITU-T H.273
@@ -157,7 +158,7 @@ def named(path: Path | str) -> Iterator[None]:
         known = error if isinstance(error, OSError) else OSError(error.errno, error.strerror)
         words = getattr(error, "log", None)
         words = words[2].strip() if words else error.strerror
-        raise OSError(f"{path}: the video could not be written ({words}); {what_to_do(known)}") from None
+        raise OSError(f"{lasting(path)}: the video could not be written ({words}); {what_to_do(known)}") from None
     finally:
         av.logging.set_level(None)
 

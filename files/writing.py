@@ -65,6 +65,13 @@ def temporary(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{os.getpid()}-{TOKEN}{path.suffix}")
 
 
+def lasting(path: Path | str) -> Path:
+    """The name that a file under a temporary one will have; of all others their own."""
+    path = Path(path)
+    match = TEMPORARY.fullmatch(path.name)
+    return path.with_name(match[1] + (match[4] or "")) if match else path
+
+
 def alive(process: int) -> bool:
     """Whether a process with this number runs."""
     if sys.platform == "win32":  # where os.kill would end it

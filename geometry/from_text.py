@@ -131,6 +131,9 @@ def from_text(file: Path) -> Recording:
     if 4 in widths and set(widths) == {3, 4}:  # Open3D's .log: three numbers above each matrix
         lines = [(where, words) for where, words in lines if len(words) == 4]
     columns = len(lines[0][1]) if lines else 0
+    if len(lines) == 3 and set(widths) == {columns} and not any(floats(words[:1], where)[0] for where, words in lines):
+        raise ValueError(f"{file}: three lines that begin with 0, as ViewCrafter's angles and distances; they turn"
+                         " about a point of its own reconstruction and are not read, expected poses or --move")
     if columns not in COLUMNS:
         raise ValueError(f"{file}: {columns} columns, expected {EXPECTED}")
     for where, words in lines:

@@ -171,6 +171,10 @@ def lens_of(found: Recording, order: np.ndarray) -> tuple[tuple[float, float, fl
         if not (np.isnan(side) or np.isnan(length) or 0.0045 < length / side < 58):
             raise ValueError(f"{found.where}: focal length {length:g} for {side:g} pixels, expected a view of 1 to 179"
                              " degrees")
+    moved = np.nan_to_num(np.abs(lens[:, 2:] - lens[0, 2:]).max(0))
+    if (moved > 0.005 * np.nanmax(lens[0, :2])).any():
+        note(f"{found.where}: the principal point moves by {moved[0]:.3g}, {moved[1]:.3g} pixels, which is not"
+             " followed; that of frame 0 is used")
     zoom = lens[:, :2] / lens[0, :2]
     zoom = np.where(known, zoom, zoom[:, known][:, :1])
     changes = np.abs(zoom - 1).max() > 1e-4

@@ -1,13 +1,42 @@
 """One thread and one kind of products, so that the small models run fast and alike everywhere; and the parity table after the run."""
 
 import goldens
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from files.machine import choose_products
+from geometry import surface
+from helios.load import encode_prompts, load_models
+from model import Helios
 
 torch.set_num_threads(1)
 choose_products()  # as all programs do
+
+
+@pytest.fixture
+def page_words(tmp_path, monkeypatch):
+    """What the page is started with in a folder of its own: the golden model and picture, and small geometry."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(surface, "map_size", lambda height, width, *limit: (56, 112))  # to be fast
+    with np.load(goldens.HELIOS / "pipeline_inputs.npz") as file:
+        Image.fromarray(file["image"]).save("image.png")
+    return ["--weights", str(goldens.DISTILLED), "--size", "64x128", "--image", "image.png", "--prompt", "a car", "--set",
+            "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]
+
+
+@pytest.fixture(scope="session")
+def models():
+    """The golden distilled model."""
+    return load_models(Helios, goldens.DISTILLED, "cpu")
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """The golden runs' prompt."""
+    return encode_prompts(goldens.DISTILLED, goldens.COMMON["prompt"], lora=True, guided=True, device="cpu")
+
 
 
 def pytest_sessionfinish(session):

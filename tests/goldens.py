@@ -8,6 +8,7 @@ run.
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -32,6 +33,12 @@ def config(path: Path) -> dict:
 
 def cases(path: Path) -> dict:
     return json.loads(path.read_text())
+
+
+COMMON = cases(HELIOS / "pipeline_cases.json")["_common"]  # of all recorded runs
+SIZE = COMMON["height"], COMMON["width"]
+with np.load(HELIOS / "pipeline_inputs.npz") as file:
+    INPUTS = dict(file)
 
 
 def prefixed(golden: dict, prefix: str) -> dict:

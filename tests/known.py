@@ -1,10 +1,12 @@
-"""Known inputs that tests share: a camera path in double precision, turns about any axis, a smooth picture."""
+"""What tests share: all of a video, and known inputs, a camera path in double precision, turns about any axis, a smooth picture."""
 
 import math
 
 import numpy as np
 import torch
 from hypothesis import strategies as st
+
+from files.media import read_frames
 
 rotations = st.tuples(st.floats(-1, 1), st.floats(-1, 1), st.floats(0.1, 1), st.floats(-180, 180))  # axis, degrees
 
@@ -27,6 +29,11 @@ def known_path():
         poses.append(pose)
         quaternions.append([math.cos(half), *math.sin(half) * np.array([1, 2, -3]) / math.sqrt(14)])
     return np.stack(poses), np.array(quaternions)
+
+
+def load_video(path):
+    """All frames of a video, uint8 [T,H,W,3]."""
+    return np.stack(list(read_frames(path)))
 
 
 def picture(height=96, width=160):

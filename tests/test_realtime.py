@@ -5,17 +5,21 @@ import shutil
 import peers
 import pytest
 import torch
-from goldens import DISTILLED, HELIOS, check
+from goldens import DISTILLED, HELIOS, INPUTS, SIZE, check
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from taehv_weights import tensors
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from files.checkpoint import on_meta
+from files.media import fit_image
+from geometry.camera import WINDOW
 from helios.load import load_models
 from job import load_settings
 from model import Helios, HeliosConfig, pool
+from render import make_warp
 from sample import main, parse
-from wah import BANDS, CHUNK, Options, pseudo_history
+from wah import BANDS, CHUNK, Options, Rollout, pseudo_history
 
 GENERATOR = torch.Generator().manual_seed(5)
 
@@ -70,6 +74,39 @@ def test_tokens_and_work_at_full_size():
         counts[band] = context.tokens.shape[1], helios.flops(context)
     assert counts["short"][0] == 11040 and counts["mid"][0] == 3600
     assert counts["mid"][1] < 0.4 * counts["short"][1]
+
+
+def work(models, prompts, preset: str) -> list[tuple[int, int, int, float]]:
+    """Of two chunks of the golden model, all of the warp visible: calls, history and all tokens of the first call, and
+    the calls' operations as torch counts them."""
+    on_cpu = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:  # absent from torch's own table
+              lambda q, k, v, *rest, out_shape, **options: sdpa_flop_count(q, k, v)}
+    image = fit_image(Image.fromarray(INPUTS["image"]), SIZE)
+    rollout = Rollout(models, prompts, SIZE, torch.Generator().manual_seed(0), image, options=settings(f"preset={preset}"))
+    calls = []
+
+    def count(network, arguments) -> None:
+        calls.append((arguments[3].tokens.shape[1], arguments[3].rope.shape[0]))
+
+    hook, table = models.transformer.register_forward_pre_hook(count), []
+    try:
+        for _ in range(2):
+            calls.clear()
+            with FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
+                rollout.next(warp=make_warp(INPUTS["warp"][:WINDOW], None, SIZE))
+            counted = sum(counter.get_flop_counts()["Helios"].values())
+            table.append((len(calls), *calls[0], counted / 1e9))
+    finally:
+        hook.remove()
+    return table
+
+
+def test_tokens_and_work_of_the_golden_model(models, prompts):
+    """A chunk of the realtime recipe beside the official one's (docs/realtime.md)."""
+    official, realtime = (work(models, prompts, preset) for preset in ("official", "realtime"))
+    assert [row[:3] for row in official] == [(12, 352, 370), (6, 364, 382)]
+    assert [row[:3] for row in realtime] == [(3, 104, 122), (3, 114, 132)]
+    assert [round(row[3], 3) for row in official + realtime] == [0.616, 0.311, 0.129, 0.13]
 
 
 def test_a_pair_must_not_mix_past_and_warp():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from goldens import GEOMETRY, check, check_frames, check_share, check_warp, config, only, prefixed, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from known import picture
+from known import load_video, picture
 from PIL import Image
 
 import memory
@@ -314,7 +314,7 @@ def test_preview(tmp_path, capsys):
     arguments = ["--poses", str(tmp_path / "p.json"), "--depth", str(tmp_path / "d.npy"), "--frames", "12"]
     assert run(tmp_path, *arguments) == 0
     assert "field of view 70 degrees" in capsys.readouterr().out
-    video, mask = media.load_video(tmp_path / "w.mp4"), np.stack(list(media.read_mask(tmp_path / "w_mask.mp4")))
+    video, mask = load_video(tmp_path / "w.mp4"), np.stack(list(media.read_mask(tmp_path / "w_mask.mp4")))
     assert video.shape == (12, 64, 96, 3) and mask.shape == (12, 64, 96)
     assert mask[0].min() > 0.98 and 0.2 < mask[-1].mean() < 0.98
     _, source = surface.place(media.load_image(tmp_path / "in.png"), load_depth(tmp_path / "d.npy"), 70, (64, 96))
@@ -338,7 +338,7 @@ def test_preview_by_pi3x(tmp_path, capsys):
     assert run(tmp_path, "--move", "orbit 10", "--geometry", str(weights), "--frames", "3", "--resample", "--fps", "8") == 0
     out = capsys.readouterr().out
     assert f"Pi3X of {weights}" in out and "3 poses" in out and "3 frames" in out
-    assert media.load_video(tmp_path / "w.mp4").shape == (3, 64, 96, 3)
+    assert load_video(tmp_path / "w.mp4").shape == (3, 64, 96, 3)
     network, image = load_pi3x(weights), media.fit_image(media.load_image(tmp_path / "in.png"), (64, 96))
     geometry = surface.ensure_valid(surface.estimate(network, [image])[0])
     assert f"one unit of it is {0.1 * surface.median_depth(geometry):.4g} of" in out

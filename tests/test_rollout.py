@@ -2,39 +2,22 @@
 
 from dataclasses import replace
 
-import goldens
-import numpy as np
 import pytest
 import torch
-from goldens import DISTILLED, HELIOS
+from goldens import HELIOS, INPUTS, SIZE
 from PIL import Image
 
 from files.media import fit_image
 from geometry import surface
 from geometry.camera import WINDOW, move_path
-from helios.load import encode_prompts, load_models
 from helios.lora import Lora, load_lora
 from memory import Camera
 from model import Helios
 from render import make_warp
 from wah import Options, Rollout
 
-COMMON = goldens.cases(HELIOS / "pipeline_cases.json")["_common"]
-SIZE = COMMON["height"], COMMON["width"]
-with np.load(HELIOS / "pipeline_inputs.npz") as file:
-    INPUTS = dict(file)
 IMAGE = fit_image(Image.fromarray(INPUTS["image"]), SIZE)
 WARP = make_warp(INPUTS["warp"][:WINDOW], None, SIZE)
-
-
-@pytest.fixture(scope="module")
-def models():
-    return load_models(Helios, DISTILLED, "cpu")
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return encode_prompts(DISTILLED, COMMON["prompt"], lora=True, guided=True, device="cpu")
 
 
 def new(models, prompts, **given) -> Rollout:

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from goldens import DISTILLED, HELIOS, check
+from known import load_video
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import files
 from files.checkpoint import open_safetensors
-from files.media import load_video
 from files.output import Output
 from geometry import surface
 from geometry.pi3x import load_pi3x
@@ -397,6 +397,35 @@ def test_another_video_is_not_continued(capsys, place, monkeypatch):
     state.write_bytes(whole)
     shutil.move("image.png", "moved.png")
     assert sample(*words, "--image", "moved.png", "--continue", "--set", "latents=x.safetensors") == 0
+
+
+def test_settings_beside_a_lora_are_part_of_it(capsys, place, monkeypatch):
+    """PEFT's adapter_config.json scales the LoRA: a run that it changed under is not continued."""
+    shutil.copyfile(HELIOS / "lora_noprefix.safetensors", "adapter_model.safetensors")
+    with open("adapter_config.json", "w") as file:
+        json.dump({"r": 4, "lora_alpha": 4}, file)
+    words = ["--image", "image.png", "--move", "forward 1, up 1", "--depth", "depth.npy", "--lora", "adapter_model.safetensors"]
+    stop_in_chunk(monkeypatch, 2)
+    assert sample(*words) == 0
+    with open("adapter_config.json", "w") as file:
+        json.dump({"r": 4, "lora_alpha": 8}, file)
+    capsys.readouterr()
+    refused(capsys, place, [*words, "--continue"], "state.safetensors", ": lora was ")
+
+
+def test_joining_alone_needs_no_networks(place, monkeypatch):
+    """A run that died after its last chunk is finished without loading any."""
+    words = ["--image", "image.png", "--move", "forward 1", "--depth", "depth.npy"]
+    with monkeypatch.context() as patch, pytest.raises(IndexError):
+        patch.setattr(Output, "join", lambda *arguments: [][0])
+        sample(*words, "--set", "latents=x.safetensors")
+    with monkeypatch.context() as patch:
+        for name in ("load_models", "encode_each"):
+            patch.setattr(f"sample.{name}", lambda *arguments: pytest.fail("loaded"))
+        assert sample(*words, "--set", "latents=x.safetensors", "--continue") == 0
+    assert sample(*words, "--set", "latents=y.safetensors", "--out", "whole.mp4") == 0
+    assert np.array_equal(read("out.mp4"), read("whole.mp4"))
+    assert torch.equal(load_file("x.safetensors")["latents"], load_file("y.safetensors")["latents"])
 
 
 def test_a_folder_of_that_name_is_left_alone(place, capsys):

@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from goldens import DISTILLED, HELIOS
+from goldens import DISTILLED
+from known import load_video
 from PIL import Image
 
 import view
-from files.media import load_video
-from geometry import surface
 from geometry.camera import motion
 from geometry.flight import pushed
 from sample import main as sample_main
@@ -23,14 +22,8 @@ def pose(*move: float) -> torch.Tensor:
 
 
 @pytest.fixture
-def studio(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(surface, "map_size", lambda height, width, *limit: (56, 112))  # to be fast
-    with np.load(HELIOS / "pipeline_inputs.npz") as file:
-        Image.fromarray(file["image"]).save("image.png")
-    words = ["--weights", str(DISTILLED), "--size", "64x128", "--image", "image.png", "--prompt", "a car", "--set",
-             "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]
-    made = Studio(view.parse(words))
+def studio(page_words):
+    made = Studio(view.parse(page_words))
     yield made
     made.worker.shutdown()
 

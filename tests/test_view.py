@@ -5,12 +5,11 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
-from goldens import DISTILLED, HELIOS
+from known import load_video
 from PIL import Image
 
 import view
-from files.media import load_video
-from geometry import surface
+from studio import Studio
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 MISSING = [name for name in ("viser", "playwright") if find_spec(name) is None] + ([] if BROWSER else ["chromium"])
@@ -28,20 +27,14 @@ def browser():
 
 
 @pytest.fixture
-def served(tmp_path, monkeypatch):
-    """A function that serves the page with more words: its address."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(surface, "map_size", lambda height, width, *limit: (56, 112))  # to be fast
-    with np.load(HELIOS / "pipeline_inputs.npz") as file:
-        Image.fromarray(file["image"]).save("image.png")
+def served(page_words):
+    """A function that serves the page with more words: its address, and the studio behind it."""
     servers = []
 
-    def serve(*words: str) -> str:
-        made = view.serve(view.parse([
-            "--port", "0", *words, "--weights", str(DISTILLED), "--size", "64x128", "--image", "image.png", "--set",
-            "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]))
+    def serve(*words: str) -> tuple[str, Studio]:
+        made = view.serve(view.parse(["--port", "0", *words, *page_words]))
         servers.append(made)
-        return f"http://127.0.0.1:{made[0].get_port()}"
+        return f"http://127.0.0.1:{made[0].get_port()}", made[1]
 
     yield serve
     for server, studio, _ in servers:
@@ -56,6 +49,15 @@ def shot(page) -> np.ndarray:
     return np.asarray(Image.open("shot.png").convert("RGB"))[200:, :800].astype(int)
 
 
+def drag(page, right: int, down: int) -> None:
+    """Turn the viewer's camera with the mouse."""
+    page.mouse.move(400, 500)
+    page.mouse.down()
+    page.mouse.move(400 + right, 500 + down, steps=4)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+
+
 def press(page, name: str) -> None:
     page.get_by_text(name, exact=True).first.click()
 
@@ -63,16 +65,12 @@ def press(page, name: str) -> None:
 def test_film(browser, served):
     """From opening the page to a playing mp4, with an upload that fails in between."""
     page = browser.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
-    page.goto(served())
+    page.goto(served()[0])
     page.get_by_text("add keyframe", exact=True).first.wait_for(timeout=60000)
     page.wait_for_function("document.querySelector('canvas') !== null")
     page.wait_for_timeout(3000)
     assert (shot(page) < 200).any(-1).mean() > 0.05  # the picture's points on a white ground
-    page.mouse.move(400, 500)
-    page.mouse.down()
-    page.mouse.move(430, 510, steps=4)
-    page.mouse.up()
-    page.wait_for_timeout(500)
+    drag(page, 30, 10)
     press(page, "add keyframe")
     page.locator("input[role=combobox][value='1: after 2 s']").wait_for(timeout=20000)
     film = page.locator("img:not([src*='svg'])").first
@@ -94,8 +92,37 @@ def test_film(browser, served):
     page.close()
 
 
+def test_the_drive_follows_the_viewer(browser, served):
+    """While "follow me" is on, chunk after chunk goes to where the mouse has brought the viewer, evenly and without a stop
+    between two of them; it ends when it is off, and the film stays."""
+    address, studio = served()
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(address)
+    press(page, "Drive")
+    page.wait_for_timeout(2000)
+    drag(page, 40, 0)
+    follow = page.get_by_role("checkbox").first
+    follow.check()
+    page.get_by_text("66 frames;", exact=False).wait_for(timeout=120000)
+    drag(page, 80, 20)
+    count = len(studio.frames)
+    page.get_by_text(f"{count + 99} frames;", exact=False).wait_for(timeout=120000)
+    follow.uncheck()
+    studio.worker.submit(lambda: None).result(timeout=60)
+    places, chunks = studio.path[:, :3, 3], len(studio.path) // 33
+    assert len(studio.frames) == len(places) == 33 * chunks >= 165
+    steps = places.diff(dim=0).norm(dim=1)
+    for chunk in range(chunks):  # with the step over the border to the next one
+        own = steps[33 * chunk:33 * (chunk + 1)]
+        assert (own - own[0]).abs().max() < 1e-4 * max(own[0], 1)
+    ways = [places[33 * chunk:33 * chunk + 33] for chunk in range(chunks)]
+    moved = [chunk for chunk, way in enumerate(ways) if (way[-1] - way[0]).norm() > 0.1]
+    assert moved[0] == 0 and len(moved) > 1  # to where the first drag led, and on to where the second did
+    page.close()
+
+
 def test_a_second_browser_sees_the_same_and_a_token_is_asked_for(browser, served):
-    address = served("--token", "sesame")
+    address, _ = served("--token", "sesame")
     first, second = (browser.new_page() for _ in range(2))
     for page in (first, second):
         page.goto(address)

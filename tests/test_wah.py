@@ -10,7 +10,7 @@ import goldens
 import numpy as np
 import pytest
 import torch
-from goldens import DISTILLED, HELIOS, check
+from goldens import DISTILLED, HELIOS, INPUTS, SIZE, check
 from PIL import Image
 
 from files.media import fit_image
@@ -20,30 +20,15 @@ from geometry.pi3x import load_pi3x
 from geometry.surface import geometry_from_depth, geometry_size, pinhole
 from helios.flow import load_schedule
 from helios.index import read_index
-from helios.load import encode_prompts, load_models
+from helios.load import encode_prompts
 from helios.lora import load_lora
 from memory import Camera, Memory
-from model import Helios
 from render import Warp, make_warp, render
 from wah import Options, Rollout, mask_latents, model_options
 
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
 HISTORIES = goldens.tensors(HELIOS / "pipeline_histories.safetensors")
 CASES = goldens.cases(HELIOS / "pipeline_cases.json")
-COMMON = CASES["_common"]
-SIZE = COMMON["height"], COMMON["width"]
-with np.load(HELIOS / "pipeline_inputs.npz") as file:
-    INPUTS = dict(file)
-
-
-@pytest.fixture(scope="module")
-def models():
-    return load_models(Helios, DISTILLED, "cpu")
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    return encode_prompts(DISTILLED, COMMON["prompt"], lora=True, guided=True, device="cpu")
 
 
 @pytest.fixture

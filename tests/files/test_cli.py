@@ -4,6 +4,9 @@ import argparse
 import errno
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -89,3 +92,16 @@ def test_ctrl_c_waits_for_the_step_and_a_second_one_does_not(capsys):
         assert asked.is_set() and "stopping after this step" in capsys.readouterr().out
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("buffered, status", [(True, 0), (False, 141)])
+def test_nobody_reads_on(tmp_path, buffered, status):
+    """As after `| head`: no words; a run that could say all before has succeeded, else it ends as a shell expects."""
+    code = ("import argparse, sys; from files.cli import run_program; "
+            "sys.exit(run_program('x', lambda args: print('done'), argparse.Namespace()))")
+    reader, writer = os.pipe()
+    os.close(reader)
+    place, env = Path(__file__).parents[2], os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, cwd=place, env=env)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (status, "")

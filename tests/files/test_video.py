@@ -7,8 +7,10 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from known import load_video
 
 from files import draw, media, video
+from files.writing import replacing
 
 RNG = np.random.default_rng(0)
 SMOOTH = np.full((32, 48, 3), 90, np.uint8)
@@ -24,7 +26,7 @@ def write(path, frames, fps=12.0):
 def test_video_round_trip(tmp_path):
     frames = np.stack([np.roll(SMOOTH, shift, 1) // 2 + 60 for shift in range(9)])
     write(tmp_path / "v.mp4", frames)
-    loaded = media.load_video(tmp_path / "v.mp4")
+    loaded = load_video(tmp_path / "v.mp4")
     assert loaded.shape == frames.shape and np.abs(loaded.astype(int) - frames).mean() < 4
     with av.open(tmp_path / "v.mp4") as container:
         assert container.streams.video[0].average_rate == 12
@@ -47,10 +49,10 @@ def test_frames_of_a_folder_and_an_array(tmp_path):
     for index, frame in enumerate(frames):
         draw.save_png(tmp_path / "folder" / f"{index:03}.png", frame)
     for name in ("v.npy", "folder"):
-        assert np.array_equal(media.load_video(tmp_path / name), frames)
+        assert np.array_equal(load_video(tmp_path / name), frames)
     draw.save_png(tmp_path / "folder" / "003.png", frames[0][:5])
     with pytest.raises(ValueError, match="frame 3: size"):
-        media.load_video(tmp_path / "folder")
+        load_video(tmp_path / "folder")
 
 
 def test_bad_videos(tmp_path):
@@ -60,7 +62,7 @@ def test_bad_videos(tmp_path):
     for name, message in (("v.mp4", "readable video"), ("empty", "no frames"), ("v.npy", "uint8"),
                           ("no.mp4", "no such")):
         with pytest.raises(ValueError, match=f"{name}.*{message}"):
-            media.load_video(tmp_path / name)
+            load_video(tmp_path / name)
 
 
 def load_mask(path) -> np.ndarray:
@@ -100,8 +102,8 @@ def test_joined_videos_hold_the_same_frames_evenly(tmp_path, fps, lengths):
     for index, (part, length) in enumerate(zip(parts, lengths)):
         video.write_video(part, np.stack([np.roll(SMOOTH, 3 * (index + k), axis=1) for k in range(length)]), fps)
     video.join_videos(parts, list(lengths), fps, tmp_path / "all: #1?.mp4")
-    loaded = media.load_video(tmp_path / "all: #1?.mp4")
-    assert np.array_equal(loaded, np.concatenate([media.load_video(part) for part in parts]))
+    loaded = load_video(tmp_path / "all: #1?.mp4")
+    assert np.array_equal(loaded, np.concatenate([load_video(part) for part in parts]))
     rate, count = Fraction(fps).limit_denominator(1001), sum(lengths)
     for path, frames in zip([*parts, tmp_path / "all: #1?.mp4"], [*lengths, count]):
         with av.open(f"file:{path}") as container:
@@ -118,7 +120,7 @@ def test_a_relative_name_is_no_protocol(tmp_path, monkeypatch):
     for name in ("12:30.mp4", "file:x.mp4", "a?b=1#c.mp4", "concat:x.mp4", "-x.mp4", "%03d.mp4"):
         video.write_video(Path(name), np.stack([SMOOTH] * 2), 16)
         video.join_videos([Path(name)], [2], 16, Path(f"all_{name}"))
-        assert len(media.load_video(Path(f"all_{name}"))) == 2
+        assert len(load_video(Path(f"all_{name}"))) == 2
     assert len(list(tmp_path.iterdir())) == 12
 
 
@@ -144,7 +146,7 @@ def test_colours_and_form_of_an_mp4(tmp_path, size):
     y, u, v = (np.array(plane).reshape(plane.height, -1)[:, :plane.width].astype(float) for plane in frame.planes)
     y, u, v = (y - 16) / 219, *((each.repeat(2, 0).repeat(2, 1) - 128) / 224 for each in (u, v))
     decoded = np.stack([y + 1.5748 * v, y - 0.1873 * u - 0.4681 * v, y + 1.8556 * u], -1) * 255
-    for found in (decoded, media.load_video(path)[0]):
+    for found in (decoded, load_video(path)[0]):
         error = np.abs(found - picture.astype(float))
         assert error.mean() < 2 and error[size[0] // 8::size[0] // 4, size[1] // 8::size[1] // 4].max() < 5
     content = path.read_bytes()
@@ -193,7 +195,7 @@ def test_a_video_is_told_by_its_content(tmp_path, name):
         for index in range(5):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(SMOOTH, index, 1), format="rgb24")))
         container.mux(stream.encode(None))
-    assert media.is_video(tmp_path / name) and len(media.load_video(tmp_path / name)) == 5
+    assert media.is_video(tmp_path / name) and len(load_video(tmp_path / name)) == 5
 
 
 def test_what_is_a_video(tmp_path):
@@ -210,14 +212,14 @@ def test_sound_alone_is_no_video(tmp_path):
         container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
     with pytest.raises(ValueError, match="a.mp4: not a readable video .there is none in it"):
-        media.load_video(tmp_path / "a.mp4")
+        load_video(tmp_path / "a.mp4")
 
 
 def test_an_unknown_codec(tmp_path):
     encode(tmp_path / "v.mp4", [SMOOTH] * 3)
     (tmp_path / "v.mp4").write_bytes((tmp_path / "v.mp4").read_bytes().replace(b"avc1", b"avq1"))
     with pytest.raises(ValueError, match="v.mp4: not a readable video .*known codec"):
-        media.load_video(tmp_path / "v.mp4")
+        load_video(tmp_path / "v.mp4")
 
 
 @pytest.mark.parametrize("text", ["#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:2.5,\nv.ts\n#EXT-X-ENDLIST\n",
@@ -227,7 +229,7 @@ def test_a_video_never_leads_to_other_files(tmp_path, text):
     (tmp_path / "v.mp4").rename(tmp_path / "v.ts")
     (tmp_path / "list.mp4").write_text(text)
     with pytest.raises(ValueError, match="list.mp4: not a readable video"):
-        media.load_video(tmp_path / "list.mp4")
+        load_video(tmp_path / "list.mp4")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no such device on this system")
@@ -242,7 +244,7 @@ def test_frames_of_variable_rate(tmp_path, name):
     gaps = [10, 10, 20, 600, 10, 200, 10, 10, 40, 10, 300]
     frames = [np.roll(SMOOTH, 3 * index, 1) for index in range(12)]
     encode(tmp_path / name, frames, np.cumsum([0, *gaps]).tolist(), colorspace=1)
-    loaded = media.load_video(tmp_path / name)
+    loaded = load_video(tmp_path / name)
     assert len(loaded) == 12 and np.abs(loaded.astype(int) - frames).mean() < 3
 
 
@@ -250,7 +252,7 @@ def test_frames_of_variable_rate(tmp_path, name):
 def test_a_turned_phone(tmp_path, quarters):
     encode(tmp_path / "v.mp4", [SMOOTH] * 3, side=quarters, colorspace=1)
     upright = np.rot90(SMOOTH, -quarters)
-    assert np.abs(media.load_video(tmp_path / "v.mp4")[0].astype(int) - upright).mean() < 3
+    assert np.abs(load_video(tmp_path / "v.mp4")[0].astype(int) - upright).mean() < 3
 
 
 def test_an_edit_list_is_no_damage(tmp_path, capsys):
@@ -263,7 +265,7 @@ def test_an_edit_list_is_no_damage(tmp_path, capsys):
         begin += int(20 / 30 / container.streams.video[0].time_base)
     content[entry + 4:entry + 8] = begin.to_bytes(4, "big")
     (tmp_path / "v.mp4").write_bytes(content)
-    assert len(media.load_video(tmp_path / "v.mp4")) == 20 and capsys.readouterr().err == ""
+    assert len(load_video(tmp_path / "v.mp4")) == 20 and capsys.readouterr().err == ""
 
 
 def test_what_a_damaged_video_lost_is_said(tmp_path, capsys):
@@ -273,10 +275,10 @@ def test_what_a_damaged_video_lost_is_said(tmp_path, capsys):
     (tmp_path / "cut.mp4").write_bytes(content[:len(content) // 2])
     middle = len(content) // 2
     (tmp_path / "holed.mp4").write_bytes(content[:middle] + bytes(3000) + content[middle + 3000:])
-    assert len(media.load_video(tmp_path / "whole.mp4")) == 40 and capsys.readouterr().err == ""
+    assert len(load_video(tmp_path / "whole.mp4")) == 40 and capsys.readouterr().err == ""
     for name, line in (("cut", r"cut.mp4: cut off or damaged, (1\d|2\d) of its 40 frames are missing"),
                        ("holed", r"holed.mp4: .*, 0 of its 40 frames are missing and [1-9]\d* damaged")):
-        assert len(media.load_video(tmp_path / f"{name}.mp4")) > 10
+        assert len(load_video(tmp_path / f"{name}.mp4")) > 10
         assert re.search(line, capsys.readouterr().err)
 
 
@@ -286,5 +288,14 @@ def test_hdr_is_tone_mapped(tmp_path, transfer, white):
     signals = np.array([0, 0.38, white, 1]).repeat(16) * 255
     picture = np.broadcast_to(signals.round().astype(np.uint8)[None, :, None], (32, 64, 3)).copy()
     encode(tmp_path / "v.mp4", [picture], colorspace=9, color_trc=transfer, color_primaries=9)
-    black, grey, white, light = media.load_video(tmp_path / "v.mp4")[0, 16, 8::16].astype(int)
+    black, grey, white, light = load_video(tmp_path / "v.mp4")[0, 16, 8::16].astype(int)
     assert black.max() < 3 and np.abs(grey - 100).max() < 4 and np.abs(white - 232).max() < 4 and light.min() > 245
+
+
+def test_a_failed_write_names_the_users_file(tmp_path, monkeypatch):
+    """Not the temporary one that it was written under."""
+    monkeypatch.setattr(video, "check_whole", lambda path, count: (_ for _ in ()).throw(OSError(0, "it is cut off")))
+    with pytest.raises(OSError, match=r"out\.mp4: the video could not be written \(it is cut off\)") as caught:
+        with replacing({"video": tmp_path / "out.mp4"}) as written:
+            video.write_video(written["video"], np.zeros((2, 64, 64, 3), np.uint8), 16)
+    assert str(caught.value).startswith(str(tmp_path / "out.mp4")) and not list(tmp_path.iterdir())

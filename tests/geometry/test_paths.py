@@ -524,6 +524,24 @@ def test_zoom(tmp_path, name):
     assert "zoom 1 to 2.1" in describe(path)
 
 
+def test_a_moving_principal_point_is_named(tmp_path, capsys):
+    """A lens per frame is followed in its focal length alone; less than half a percent is rounding."""
+    for shift, said in ((10, "principal point moves by 10, 0 pixels"), (0.5, "")):
+        content = transforms(C2W, w=WIDTH, h=HEIGHT)
+        for index, frame in enumerate(content["frames"]):
+            frame |= {"fl_x": FOCAL, "fl_y": FOCAL, "cx": WIDTH / 2 + shift * (index > 3), "cy": HEIGHT / 2}
+        path = load_path(save(tmp_path, content))
+        error = capsys.readouterr().err
+        assert path.lens[2] == WIDTH / 2 and path.zoom is None and (said in error if said else not error)
+
+
+@pytest.mark.parametrize("rows", [["0 2 40", "0 0 0", "0 0 -0.3"], ["0 1 2 3 4 5 6 7", "0 1 2 3 4 5 6 7", "0 0 0 0 0 0 0 -0.3"]])
+def test_angles_are_named(tmp_path, rows):
+    """Three lines, phi, theta and r, are no poses, however many numbers they have."""
+    with pytest.raises(ValueError, match="ViewCrafter"):
+        load_path(write(tmp_path, rows))
+
+
 @pytest.mark.parametrize("keys, picture, expected", [
     ({"fl_x": 256, "fl_y": 512, "w": 256, "h": 256}, (256, 256), (1, 2, 0.5, 0.5)),  # pixels that are not square
     ({"fl_x": 320, "w": 640, "h": 384, "cx": 200, "cy": 192}, (640, 384), (0.5, 0.5 / 0.6, 200 / 640, 0.5)),

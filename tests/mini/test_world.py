@@ -10,6 +10,7 @@ import pytest
 import torch
 from einops import rearrange
 from goldens import check
+from known import load_video
 
 import clips
 import render as splat
@@ -253,7 +254,7 @@ def test_car_roundabout():
 
 
 def test_demo_files():
-    video = media.load_video(DATA / "car-roundabout.mp4")
+    video = load_video(DATA / "car-roundabout.mp4")
     assert video.shape == (99, 192, 288, 3)
     for name, (seed, move) in world.STILLS.items():
         path = paths.load_path(DATA / f"{name}.json")
