@@ -6,7 +6,8 @@ Low-rank adapters on all self-attentions learn, over the frozen model, to follow
 (`wah.pseudo_history`; paper section 4): in the first pyramid stage alone, by flow matching towards the true video.
 `Recipe` holds every number, with the release's as defaults; draws are from one CPU stream in the official order, so
 that losses, gradients and updates are the official ones. What a step sees is chosen in clips.py; a run's folder is
-files/run.py. Left out: loss weights by noise level, gradient accumulation, batches, several GPUs.
+files/run.py. Several GPUs share the draws of a step (torchrun; helios/team.py). Left out: loss weights by noise level,
+gradient accumulation, batches.
 """
 
 import argparse
@@ -14,14 +15,13 @@ import json
 import math
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -52,6 +52,7 @@ from helios.index import ModelIndex, check_weights, read_index
 from helios.load import (
     MEMORY,
     NEGATIVE_PROMPT,
+    Loader,
     Models,
     Prompts,
     add_trigger,
@@ -62,6 +63,7 @@ from helios.load import (
     size_multiple,
 )
 from helios.lora import Lora
+from helios.team import Led, Text, add_gradients, follow, lead, ranks
 from helios.vae import VAE
 from memory import Camera
 from model import Helios, History
@@ -200,7 +202,9 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 class Trainer:
     """The LoRA, its optimiser and the one stream of random numbers: all that a step changes."""
 
-    def __init__(self, transformer: Helios, schedule: Schedule, recipe: Recipe):
+    def __init__(self, transformer: Helios, schedule: Schedule, recipe: Recipe, led: Led | None = None):
+        """led: the transformer of several processes, of which this one's is `transformer`."""
+        self.led = led
         self.transformer, self.schedule, self.recipe = transformer, schedule, recipe
         self.clock = Clock(transformer.proj_out.weight.device)
         self.generator = torch.Generator().manual_seed(recipe.seed)
@@ -216,19 +220,19 @@ class Trainer:
         """One update on clean latents [1, 16, 9, h, w]. Raises ValueError if loss or gradient isn't finite; nothing is
         changed then but the random numbers."""
         recipe, transformer = self.recipe, self.transformer
-        items, losses = draw_items(clean, self.schedule, recipe, self.generator), []
+        items = draw_items(clean, self.schedule, recipe, self.generator)
         self.optimizer.zero_grad()
-        for item in items:
-            context = transformer.context(history, item.latents.shape[2:])
-            prediction = transformer(item.latents, item.timestep, text, context)
-            losses.append(F.mse_loss(prediction, item.target))
-            self.clock.lap("forward")
-            (losses[-1] / len(items)).backward()
-            self.clock.lap("backward")
+        context_of = lru_cache(None)(lambda shape: transformer.context(history, shape))  # one a stage
+        given = [(item.latents, item.timestep, item.target, context_of(item.latents.shape[2:])) for item in items]
+        if self.led is None:
+            losses = add_gradients(transformer, text, given, lap=self.clock.lap)
+        else:
+            losses = self.led.add_gradients(self.lora, cast(Text, text), given, self.clock.lap)
+        for _, _, _, context in given:
             self.tokens += context.rope.shape[0]
             self.flops += transformer.flops(context, text[0][0].shape[1], training=True)
         norm = nn.utils.clip_grad_norm_(self.tensors.values(), recipe.clip)
-        numbers = torch.stack(losses).mean().detach(), norm, items[0].timestep[0], items[0].sigma[0]
+        numbers = losses.mean(), norm, items[0].timestep[0], items[0].sigma[0]
         loss, norm, timestep, sigma = torch.stack(numbers).tolist()  # the one time that the host waits for the device
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(f"step {self.steps + 1}: loss {loss:g}, gradient norm {norm:g}, expected finite numbers")
@@ -284,6 +288,7 @@ def check(args: argparse.Namespace) -> Job:
     args.weights = check_weights(args.weights)
     index, schedule = read_index(args.weights), load_schedule(args.weights)
     recipe = parse_settings([*index.train, *args.set], Recipe())
+    recipe = replace(recipe, draws=recipe.draws * ranks()[1])  # of all processes: a run is that of one with as many
     sources = read_sources(args.video, args.prompt)
     if args.memory == "stream" and not recipe.checkpointing:
         raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks"
@@ -386,11 +391,11 @@ def train(args: argparse.Namespace) -> None:
     job = check(args)
     allow_tf32(True)  # as officially
     check_apart([args.out], name_inputs(args, job))
-    with Run(args.out, FREE, args.resume, args.overwrite) as run:
-        train_in(run, args, job)
+    with lead(Helios, "draws", args.device) as load, Run(args.out, FREE, args.resume, args.overwrite) as run:
+        train_in(run, args, job, load)
 
 
-def train_in(run: Run, args: argparse.Namespace, job: Job) -> None:
+def train_in(run: Run, args: argparse.Namespace, job: Job, load: Loader) -> None:
     """Everything once the words are checked and the folder is ours."""
     recipe, known = job.recipe, list(zip(args.poses, args.depth))
     clips = load_clips(job.sources, known, find_pi3x(args.geometry, args.weights), args.geometry is not None, job.size,
@@ -399,8 +404,11 @@ def train_in(run: Run, args: argparse.Namespace, job: Job) -> None:
     if recipe.sample_every:
         wanted |= {job.sources[0].prompt, NEGATIVE_PROMPT}
     embeddings = embed_prompts(args.weights, wanted, args.device, args.memory)
-    models = load_models(Helios, args.weights, args.device, args.memory)
-    trainer = Trainer(models.transformer, models.schedule, recipe)
+    models = load_models(Helios, args.weights, args.device, args.memory, "wan", load)
+    transformer, led = models.transformer, None
+    if isinstance(transformer, Led):
+        led, models = transformer, replace(models, transformer=transformer.network)
+    trainer = Trainer(models.transformer, models.schedule, recipe, led)
     conditions = Conditions(cast(VAE, models.vae), clips, job.size, recipe, recipe.cache, args.device)
     about, machine = describe_run(args, job, clips), describe_machine(args.device)
     if args.resume:
@@ -408,7 +416,7 @@ def train_in(run: Run, args: argparse.Namespace, job: Job) -> None:
     else:
         run.begin(about, machine)
     began = trainer.steps
-    text_of = lru_cache(1)(lambda prompt: models.transformer.text(embeddings[prompt]))  # 0.4 GB in the released model
+    text_of = lru_cache(1)(lambda prompt: transformer.text(embeddings[prompt]))  # 0.4 GB in the released model
 
     def draw(path: Path) -> None:
         prompts = Prompts(*(embeddings[each] for each in (job.sources[0].prompt, clips[0].prompt, NEGATIVE_PROMPT)))
@@ -455,6 +463,8 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def main(words: list[str] | None = None) -> int:
+    if ranks()[0] > 0:
+        return run_program("train.py", lambda _: follow(Helios), argparse.Namespace())
     return run_program("train.py", train, parse(sys.argv[1:] if words is None else words))
 
 

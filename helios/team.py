@@ -3,7 +3,8 @@
 Rank 0 runs the program: it alone reads, draws random numbers, has the VAE and the camera, prints and writes. The others
 `follow`: they wait for what rank 0 calls of a network (`Led`), and compute their share of it (parallel.py). So they can
 never come to differ, and no program has a second way to run. With split=tokens the text encoder is rank 0's alone.
-Left out: training (train.py divides its draws), `stream` with divided weights, torch.compile.
+In training (split=draws) rank 0 is the program too; the others compute the gradients of their part of a step's draws.
+Left out: `stream` with divided weights, torch.compile.
 
 When one process dies, all end, and the first to notice says so in one line: its connections are closed (on CUDA
 torchrun ends the others, which may hang in a kernel).
@@ -13,7 +14,7 @@ import json
 import os
 import signal
 import weakref
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from itertools import count
@@ -23,6 +24,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -43,6 +45,24 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+Item = tuple[Tensor, Tensor, Tensor, Any]  # of a training step: latents, timestep, target, context
+
+
+def add_gradients(network: Any, text: list, items: list[Item], mine: slice = slice(None),
+                  lap: Callable[[str], None] = lambda name: None) -> Tensor:
+    """Add the gradients of the mean of all items' losses, as far as the items that are `mine` make them, one after
+    another; returns the losses [items], zero for the others."""
+    losses = torch.zeros(len(items), device=items[0][0].device)
+    for index in range(len(items))[mine]:
+        latents, timestep, target, context = items[index]
+        loss = F.mse_loss(network(latents, timestep, text, context), target)
+        lap("forward")
+        (loss / len(items)).backward()
+        lap("backward")
+        losses[index] = loss.detach()
+    return losses
+
+
 class Text(list):
     """Keys and values of a prompt, this rank's share of them."""
 
@@ -61,6 +81,7 @@ class Team:
         self.network: Any = None
         self.lora: Lora | None = None
         self.context: Any = None
+        self.lap: Callable[[str], None] | None = None  # of rank 0's clock
         self.texts: MutableMapping[int, Text] = {} if self.rank else weakref.WeakValueDictionary()
         self.numbers = count()
         self.forgotten: list[int] = []  # numbers of texts that rank 0 no longer has
@@ -143,7 +164,7 @@ class Team:
 
     def load(self, network: type[N], folder: Path, device: torch.device | str, memory: str = "full") -> N:
         """As `load_network`, on all ranks."""
-        if self.split == "tokens" and network is UMT5Encoder:
+        if self.split != "weights" and network is UMT5Encoder:
             return load_network(network, folder, device, memory)
         if self.split == "weights":  # what cannot be is refused here, before all ranks try
             if memory == "stream":
@@ -175,9 +196,10 @@ class Team:
     def do_load(self, words: dict, tensors: list[Tensor]) -> Network:
         self.network = self.lora = self.context = None  # that of before goes first
         kind, folder, memory = self.kinds[words["kind"]], Path(words["folder"]), words["memory"]
-        if self.split == "tokens":
+        if self.split != "weights":
             self.network = load_network(kind, folder, self.device, memory)
-            TokenShare(self.rank, self.size, self.group, self.network)
+            if self.split == "tokens":
+                TokenShare(self.rank, self.size, self.group, self.network)
         else:
             self.network = fill(build(kind, folder), weight_files(folder), self.device, network_dtype(self.device),
                                 kind.fp8 if memory == "fp8" else (), self.weights)
@@ -187,7 +209,7 @@ class Team:
         if tensors:
             pairs = zip(words["names"], tensors[::2], tensors[1::2], words["scales"])
             whole = Lora("the LoRA", {name: (down, up, scale) for name, down, up, scale in pairs})
-            self.lora = whole if self.split == "tokens" else self.weights.lora(self.network, whole)
+            self.lora = whole if self.split != "weights" else self.weights.lora(self.network, whole)
         self.network.set_lora(self.lora if words["on"] else None)
 
     def do_text(self, words: dict, tensors: list[Tensor]) -> Text:
@@ -202,6 +224,31 @@ class Team:
         if context:
             self.context = SimpleNamespace(tokens=context[0], rope=context[1])
         return self.network(latents, timestep, self.texts[words["text"]], self.context)
+
+    @torch.enable_grad()
+    def do_gradients(self, words: dict, tensors: list[Tensor]) -> Tensor:
+        network, names, lap = self.network, words["names"], self.lap or (lambda name: None)
+        matrices, tensors = tensors[:2 * len(names)], tensors[2 * len(names):]
+        if self.rank:  # rank 0 has its own, and what steps them
+            matrices = [matrix.requires_grad_() for matrix in matrices]
+            network.checkpointing, network.keep_attention = words["checkpointing"], words["keep_attention"]
+            network.set_lora(Lora("", {name: (down, up, scale) for name, down, up, scale in
+                                       zip(names, matrices[::2], matrices[1::2], words["scales"])}))
+        else:
+            matrices = [half for name in names for half in network.get_submodule(name).adapter[:2]]
+        begin = 3 * len(words["context_of"])
+        contexts = [SimpleNamespace(tokens=tokens, rope=rope) for tokens, rope in
+                    zip(tensors[begin::2], tensors[begin + 1::2])]
+        triples = zip(tensors[:begin:3], tensors[1:begin:3], tensors[2:begin:3])
+        items = [(*triple, contexts[which]) for triple, which in zip(triples, words["context_of"])]
+        losses = add_gradients(network, self.texts[words["text"]], items, slice(self.rank, None, self.size), lap)
+        found = [torch.zeros_like(matrix) if matrix.grad is None else matrix.grad for matrix in matrices]
+        flat = torch.cat([losses, *(grad.flatten() for grad in found)])
+        dist.all_reduce(flat, group=self.group)
+        losses, *grads = flat.split([len(losses), *(matrix.numel() for matrix in matrices)])
+        for matrix, grad in zip(matrices, grads):
+            matrix.grad = grad.view_as(matrix)
+        return losses
 
     def do_end(self, words: dict, tensors: list[Tensor]) -> None:
         pass
@@ -232,6 +279,19 @@ class Led:
         text.number = number
         weakref.finalize(text, lambda: self.team.forgotten.append(number))
         return text
+
+    def add_gradients(self, lora: Lora, text: Text, items: list[Item], lap: Callable[[str], None]) -> Tensor:
+        """As the function, each rank with its part of the items; `lora` is that of this rank's network."""
+        contexts = list({id(item[3]): item[3] for item in items}.values())
+        words = {"names": [*lora.adapters], "scales": [scale for _, _, scale in lora.adapters.values()],
+                 "context_of": [[each is item[3] for each in contexts].index(True) for item in items],
+                 "text": text.number, "checkpointing": self.network.checkpointing,
+                 "keep_attention": self.network.keep_attention}
+        matrices = [half.detach() for down, up, _ in lora.adapters.values() for half in (down, up)]
+        numbers = [tensor for item in items for tensor in item[:3]]
+        self.team.lap = lap
+        return self.team.call("gradients", words, *matrices, *numbers,
+                              *(tensor for each in contexts for tensor in (each.tokens, each.rope)))
 
     def __call__(self, *inputs: Any) -> Tensor:
         if len(inputs) == 1:

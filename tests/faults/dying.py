@@ -138,7 +138,7 @@ def stand_in_for_sampling(monkeypatch) -> None:
 class Steps:
     """In place of a Trainer: a number that noise is added to."""
 
-    def __init__(self, transformer, schedule, recipe):
+    def __init__(self, transformer, schedule, recipe, *_):
         self.recipe, self.steps, self.flops, self.tokens = recipe, 0, 0, 0
         self.value, self.generator = torch.zeros(3), torch.Generator().manual_seed(recipe.seed)
         self.clock = Some(start=lambda: None, lap=lambda name: None, seconds={"forward": 1.0})

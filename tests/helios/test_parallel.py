@@ -23,9 +23,11 @@ from test_stream import some_lora
 from torch import nn
 
 import files
+from clips import Condition
 from files import checkpoint
 from files.checkpoint import build, fill, load, read_config, weight_files
 from helios import parallel
+from helios.flow import load_schedule
 from helios.load import embed_prompts, encode_each, load_models, load_network
 from helios.lora import Lora
 from helios.parallel import TokenShare, WeightShare
@@ -33,6 +35,9 @@ from helios.team import SPLITS, Led, Team
 from helios.text import UMT5Encoder
 from model import Band, Helios, HeliosConfig, History
 from render import Warp
+from train import Recipe, Trainer, build_history
+from train import check as check_training
+from train import parse as parse_training
 from wah import Options, Rollout
 
 ROOT = Path(files.__file__).parents[1]
@@ -184,6 +189,38 @@ def test_stream_with_divided_tokens(team, weights, lora, alone):
     team.begin("weights", "cpu")
     with pytest.raises(ValueError, match="stream"):
         make(weights, lora, "stream", 1.0, team.load)
+
+
+def test_training_shares_its_draws(team):
+    """Three draws, which no two or four processes share evenly, in two stages: losses, gradients and updates are those of
+    one process, that a state of it goes on from."""
+    generator = torch.Generator().manual_seed(5)
+    target, image, fake, warp = (torch.randn(1, 16, frames, 8, 8, generator=generator) for frames in (9, 1, 1, 9))
+    condition = Condition(target, image, fake, warp, (torch.rand(1, 1, 9, 8, 8, generator=generator) > 0.4).float())
+    recipe = Recipe(steps=4, draws=3, stages=(0, 1), rank=4, lr=1e-2, warmup=1)
+    team.begin("draws", "cpu")
+    led = team.load(Helios, DISTILLED / "transformer", "cpu")
+    schedule, embeddings = load_schedule(DISTILLED), torch.randn(1, 8, 32, generator=generator)
+    alone = Trainer(load(Helios, DISTILLED / "transformer"), schedule, recipe)
+    several = Trainer(led.network, schedule, recipe, led)
+    for step in range(3):
+        if step == 2:  # another number of processes goes on
+            goes_on = Trainer(load(Helios, DISTILLED / "transformer"), schedule, recipe)
+            goes_on.restore(several.state(), several.steps)
+            several, led = goes_on, goes_on.transformer
+        found = [trainer.step(build_history(condition, recipe, trainer.generator), condition.target, network.text(embeddings))
+                 for trainer, network in ((several, led), (alone, alone.transformer))]
+        check("training shared by processes, loss", found[0]["loss"], found[1]["loss"], 1e-5)
+        check("training shared by processes, gradient norm", found[0]["grad_norm"] / found[1]["grad_norm"], 1.0, 1e-5)
+    for name, matrix in alone.tensors.items():
+        check("training shared by processes, LoRA", several.tensors[name].detach(), matrix.detach(), 1e-5)
+    assert max(matrix.abs().max() for name, matrix in alone.tensors.items() if "lora_B" in name) > 1e-3
+
+
+def test_a_run_of_two_is_one_with_twice_the_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr("train.ranks", lambda: (0, 2))
+    args = parse_training(["--video", "car-roundabout", "--weights", str(DISTILLED), "--device", "cpu", "--set", "draws=3"])
+    assert check_training(args).recipe.draws == 6
 
 
 def test_texts_are_forgotten_together(team, weights):
