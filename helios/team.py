@@ -15,10 +15,11 @@ import os
 import signal
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any, NoReturn, cast
 
@@ -132,8 +133,9 @@ class Team:
         if self.reason is not None:
             raise self.reason
         self.forgotten, gone = [], self.forgotten
+        alone = signal.getsignal(signal.SIGINT) is signal.default_int_handler  # else Ctrl-C waits for more already
         try:
-            with deferred_interrupt() as stop, self.together():
+            with deferred_interrupt() if alone else nullcontext(Event()) as stop, self.together():
                 result = self.act(*self.say({"what": what, "gone": gone, **words}, tensors))
         except BaseException as error:
             self.reason = error

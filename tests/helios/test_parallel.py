@@ -26,6 +26,7 @@ import files
 from clips import Condition
 from files import checkpoint
 from files.checkpoint import build, fill, load, read_config, weight_files
+from files.cli import deferred_interrupt
 from helios import parallel
 from helios.flow import load_schedule
 from helios.load import embed_prompts, encode_each, load_models, load_network
@@ -233,6 +234,25 @@ def test_texts_are_forgotten_together(team, weights):
     assert team.forgotten == [number] and number not in team.texts
     network.set_lora(None)
     assert team.forgotten == []
+
+
+def test_an_interrupt_waits_for_the_call(team, weights, monkeypatch):
+    """Then it comes, and the team is as before; where it is waited for already (a training step), it goes there."""
+    team.begin("tokens", "cpu")
+    network = team.load(Helios, weights / "transformer", "cpu")
+    original, done = team.do_text, []
+
+    def interrupted(*words):
+        signal.raise_signal(signal.SIGINT)
+        done.append(original(*words))
+        return done[-1]
+
+    monkeypatch.setattr(team, "do_text", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        network.text(torch.zeros(1, 8, 32))
+    with deferred_interrupt() as asked:
+        network.text(torch.zeros(1, 8, 32))
+    assert len(done) == 2 and asked.is_set() and team.reason is None
 
 
 def test_what_cannot_be_divided_is_refused_before_the_others_try(team, weights, tmp_path):
