@@ -56,7 +56,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--masks", type=Path, help="masks of what is visible, for numbers of these pixels alone")
     parser.add_argument("--mini", action="store_true", help="the miniature's table, on scenes that it never saw")
     parser.add_argument("--out", type=Path, default=Path("runs/table.md"), help="the table; other files lie beside it")
-    parser.add_argument("--part", default="0/1", help="i/N: every N-th video, from the i-th on (i from 0)")
+    parser.add_argument("--part", default="1/1", help="i/N: every N-th video, from the i-th on")
     group = parser.add_argument_group("a data set, whose videos are made and then measured")
     group.add_argument("--protocol", choices=PROTOCOLS, help="how a copy of it is laid out, and what is measured")
     group.add_argument("--data", type=Path, help="the folder of the copy")
@@ -88,11 +88,11 @@ def parse(words: list[str]) -> argparse.Namespace:
 
 
 def read_part(text: str) -> slice:
-    """"1/4" -> every fourth from the second on."""
+    """"2/4" -> every fourth from the second on."""
     found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise ValueError(f"--part {text!r}: expected i/N with i from 0 to N - 1, as in 0/4")
-    return slice(int(found[1]), None, int(found[2]))
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"--part {text!r}: expected i/N with i from 1 to N, as in 1/4")
+    return slice(int(found[1]) - 1, None, int(found[2]))
 
 
 def write(out: Path, head: list[str], rows: Rows, reference: str | None, shown: str, show: Show,

@@ -128,6 +128,7 @@ def test_cameras_of_a_network(folders):
     (("--truth", "{truth}", "--size", "5"), "--size '5'"),
     (("--truth", "{truth}", "--out", "x.txt"), "ends in .md"),
     (("--truth", "{truth}", "--out", "{truth}/table.md"), "lies in"),
+    (("--mini", "--part", "3/2"), "expected one of"),
     (("--truth", "{truth}", "--mini"), "expected one of: videos to measure"),
 ])
 def test_bad_words(folders, capsys, words, message):

@@ -71,8 +71,8 @@ def test_davis_stopped_and_continued(davis, monkeypatch, capsys):
     assert found["cat"]["psnr"] == pytest.approx(-10 * np.log10(((frames / 255 - true / 255) ** 2).mean()), abs=1e-3)
     whole = mine.copy()
     whole[whole.index("--out") + 1] = str(davis / "other.md")
-    assert evaluate.main([*whole[:2], "--part", "1/2", *whole[2:]]) == 0 and not (davis / "other.md").exists()
-    assert evaluate.main([*whole[:2], "--part", "0/2", *whole[2:]]) == 0
+    assert evaluate.main([*whole[:2], "--part", "2/2", *whole[2:]]) == 0 and not (davis / "other.md").exists()
+    assert evaluate.main([*whole[:2], "--part", "1/2", *whole[2:]]) == 0
     assert (davis / "other.md").read_text() == table
     assert evaluate.main([*whole[:2], "--seed", "5", *whole[2:]]) == 2
     assert "made with other words, weights or LoRAs" in capsys.readouterr().err
