@@ -47,7 +47,7 @@ class Maker:
             "--lora", str(way.lora or "off"), *self.words, *(["--set", *options] if options else [])])
         chosen = load_settings(args)
         check(args, chosen)
-        return args.seed, prepare(args, chosen)
+        return chosen.seed, prepare(args, chosen)
 
     @cached_property
     def networks(self) -> tuple[Models[Helios], dict[str, Prompts]]:
