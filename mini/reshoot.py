@@ -1,6 +1,6 @@
 """Held-out scenes in which things move, shot again: a clip along another true path, against the true video.
 
-    python -m mini.reshoot                    # weights/mini, 8 scenes of two chunks, a table and contact sheets
+    python -m mini.reshoot                    # weights/mini, scenes of two chunks each, a table and contact sheets
 
 Beside the re-shot clip stands the method with a picture alone (the clip's first frame, which does not know what moves),
 and both warps as they are, filled smoothly. Depths are true, or estimated from each frame by the small Pi3X, whose
@@ -63,14 +63,14 @@ def shoot(scene: world.Scene, c2w: Tensor, clip: Clip) -> Clip:
 def another(scene: world.Scene, clip: Clip, seed: int) -> Clip | None:
     """The scene along a path that begins where the clip does and goes another way, if one is found on which the clip
     shows between 40 and 90 % of the last frame."""
-    rng = Random(seed + 1)
+    rng, last = Random(seed + 1), still(scene, len(clip.c2w) - 1)
+    end = replace(clip, frames=clip.frames[-1:], depth=clip.depth[-1:], c2w=clip.c2w[-1:])
     for _ in range(10):
         other = make_path(scene, rng, len(clip.c2w))
         c2w = product(clip.c2w[:1], product(inverse(other[:1]), other))
         if clearance(scene, c2w[:, :3, 3]).min() > CLEARANCE:
-            target = shoot(scene, c2w, clip)
-            if 0.4 < exact_warp(target, clip).visible[0, 0, -1].mean() < 0.9:
-                return target
+            if 0.4 < exact_warp(shoot(last, c2w[-1:], clip), end).visible.mean() < 0.9:
+                return shoot(scene, c2w, clip)
     return None
 
 

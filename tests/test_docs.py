@@ -171,8 +171,10 @@ def test_readme_commands_run(desk, capsys):
 def test_python_page_runs(desk, monkeypatch):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
-    code = re.search(r"(?ms)^```python\n(.*?)^```", page)[1]
+    code, again = re.findall(r"(?ms)^```python\n(.*?)^```", page)
     names = {}
     exec(code, names)
     assert names["chunk"].frames.shape == (1, 3, 33, 64, 96) and names["rollout"].chunk == 2
     assert torch.isfinite(names["chunk"].latents).all()
+    exec(again, names)
+    assert names["chunk"].frames.shape == (1, 3, 33, 64, 96) and names["rollout"].camera.frame == 33
