@@ -2,12 +2,13 @@
 
     python bench.py [dit vae text chunk train load] [--width 1024 --layers 8 --size 384x640 --rounds 3]
     python bench.py --meta
+    python bench.py --device cuda
 
 The released models, scaled in width and depth, with random weights that both sides share (tests/peers.py). A row runs
 ours, the peer, ours, the peer, ... in one process, so that a drift of the machine hits both, and takes medians;
 outputs of the first round are compared, and the program stops if they differ. TFLOP are those of our matrix products; a
-peer may do more. `--meta` counts the released transformer and runs nothing. CUDA takes the same lines in bf16 (the
-VAE in fp32), untested; OMP_NUM_THREADS sets the threads of a CPU.
+peer may do more. `--meta` counts the released transformer and runs nothing. On CUDA the part `card` is the default:
+ours alone at full size in bf16 (tests/first_minutes.py); it was never run there. OMP_NUM_THREADS sets a CPU's threads.
 """
 
 import argparse
@@ -256,11 +257,19 @@ def bench_load(setup: Setup) -> Iterator[Row]:
                    lambda: sums(peer.from_pretrained(folder, torch_dtype=dtype).to(setup.device)))
 
 
+def bench_card(setup: Setup) -> Iterator[Row]:
+    """The first ten minutes with a card."""
+    import first_minutes  # which is made of what stands here
+
+    return first_minutes.rows(setup)
+
+
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-PARTS = {"dit": bench_dit, "vae": bench_vae, "text": bench_text, "chunk": bench_chunk, "train": bench_train,
-         "load": bench_load}
+PEERED = {"dit": bench_dit, "vae": bench_vae, "text": bench_text, "chunk": bench_chunk, "train": bench_train,
+          "load": bench_load}
+PARTS = PEERED | {"card": bench_card}
 HEADER = ["what", "tokens", "ours, s", "peer, s", "ratio", "largest difference", "TFLOP", "TFLOP/s", "of matmul",
           "ours, GiB", "peer, GiB"]
 
@@ -312,16 +321,23 @@ def count_released(size: tuple[int, int]) -> Iterator[list[str]]:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("bench.py", usage=argparse.SUPPRESS,  # one line an error
                                      description="Time and memory beside diffusers, transformers and peft.")
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--width", type=int, default=1024, help="of transformer and text encoder: a multiple of 128")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(PARTS)}; default: all but card,"
+                        " on CUDA card alone")
+    parser.add_argument("--width", type=int, help="of transformer and text encoder, a multiple of 128 (1024; card:"
+                        " 5120)")
+    parser.add_argument("--layers", type=int, help="of both (8; card: 40)")
     parser.add_argument("--size", default="384x640", help="of dit, chunk and train: HEIGHTxWIDTH, multiples of 64")
     parser.add_argument("--vae-dim", type=int, default=96, help="base_dim in the part vae; 96 is the released one")
     parser.add_argument("--vae-size", default="64x96", help="of the part vae, whose time is in proportion to it")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--meta", action="store_true", help="count the released transformer at --size; nothing is run")
-    return argparse.Namespace(**vars(parser.parse_args(argv)), words=argv)
+    args = parser.parse_args(argv)
+    args.parts = args.parts or (["card"] if args.device.startswith("cuda") else [*PEERED])
+    for name, card, other in (("width", 5120, 1024), ("layers", 40, 8)):
+        if getattr(args, name) is None:
+            setattr(args, name, card if "card" in args.parts else other)
+    return argparse.Namespace(**vars(args), words=argv)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -334,18 +350,19 @@ def run(args: argparse.Namespace) -> None:
     print(f"python bench.py {shlex.join(args.words)}\n")
     if args.meta:
         return print_table(["the released model, counted", "numbers"], count_released(size))
-    if missing := [package for package in peers.PACKAGES if find_spec(package) is None]:
+    missing = [package for package in peers.PACKAGES if find_spec(package) is None]
+    if missing and args.parts != ["card"]:
         raise ValueError(f"{', '.join(missing)}: not installed; the peers come with pip install '.[test]'")
     device, dtype = torch.device(args.device), network_dtype(args.device)
     rate = matmul_rate(device, dtype)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else (
         f"{platform.machine()} ({torch.backends.cpu.get_cpu_capability()}), {torch.get_num_threads()} threads")
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *peers.PACKAGES))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", *peers.PACKAGES) if name not in missing)
     print(f"{machine}; {versions}; {str(dtype).removeprefix('torch.')}, matmul {rate / 1e12:.3g} TFLOP/s;"
           f" width {args.width}, {args.layers} layers, medians of {args.rounds}\n")
     scale = peers.Scale(args.width, args.layers, device, dtype)
     setup = Setup(scale, size, args.vae_dim, vae_size, args.rounds, device)
-    print_table(HEADER, (cells(row, rate) for part in args.parts or PARTS for row in PARTS[part](setup)))
+    print_table(HEADER, (cells(row, rate) for part in args.parts for row in PARTS[part](setup)))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -162,6 +162,7 @@ class Linear(nn.Linear):
 
     adapter: tuple[Tensor, Tensor, float] | None = None  # A [r, in], B [out, r], alpha / r
     scale: Tensor | None  # [out] of a weight in float8 (`checkpoint.quantize`)
+    in_float8 = False  # whether the card multiplies float8: then x is rounded too, row by row, unless it is trained
 
     def __init__(self, into: int, out: int):
         super().__init__(into, out)
@@ -170,12 +171,24 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
             y = super().forward(x)
+        elif self.in_float8 and not (x.requires_grad and torch.is_grad_enabled()):
+            y = self.multiply(x, self.scale)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale + self.bias
         if self.adapter is None:
             return y
         down, up, scale = self.adapter
         return y + F.linear(F.linear(x.to(down.dtype), down) * scale, up).to(y.dtype)
+
+    def multiply(self, x: Tensor, scale: Tensor) -> Tensor:
+        """float8 times float8, with a scale for each row of both."""
+        largest = torch.finfo(self.weight.dtype).max
+        size = (x.abs().amax(-1, keepdim=True) / largest).clamp(min=torch.finfo(x.dtype).tiny)
+        rows = (x / size).clamp(-largest, largest).to(self.weight.dtype).flatten(0, -2)
+        y = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
+            rows, self.weight.T, scale_a=size.flatten(0, -2).float(), scale_b=scale.float()[None], bias=self.bias,
+            out_dtype=x.dtype)
+        return y.unflatten(0, x.shape[:-1])
 
 
 class Attention(nn.Module):

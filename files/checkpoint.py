@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from files.cli import note
+from files.machine import multiplies_float8
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 JSON_BYTES = 2**26
@@ -336,9 +337,10 @@ def fill(module: N, files: list[Path], device: torch.device | str, dtype: torch.
             for name, key in names.items():
                 piece = file.get_tensor(key) if share is None else share.read(module, name, file.get_slice(key))
                 if name.endswith(fp8):
-                    layer = module.get_submodule(name.rpartition(".")[0])
+                    layer: Any = module.get_submodule(name.rpartition(".")[0])
                     join = [] if share is None else [partial(share.largest, module, name)]
                     state[name], layer.scale = quantize(piece.to(device), dtype, *join)
+                    layer.in_float8 = share is None and multiplies_float8(device)
                 else:
                     state[name] = take(piece, module, name, device, dtype)
     module.load_state_dict(state, assign=True)

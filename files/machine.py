@@ -141,6 +141,11 @@ def what_fits(program: str, words: str, size: tuple[int, int], room: float) -> s
 # ------------------------------------------------------------------------------------------------------------- devices
 
 
+def multiplies_float8(device: torch.device | str) -> bool:
+    """Ada, Hopper and later cards do, row by row."""
+    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def allow_tf32(allowed: bool) -> None:
     """Convolutions of fp32 numbers on CUDA (the VAE, the heads of Pi3X) with 10 bits of mantissa instead of 23: as
     torch and so the official code do without being asked, and several times as fast. Products of matrices stay exact:

@@ -38,6 +38,11 @@ def prompts():
     return encode_prompts(goldens.DISTILLED, goldens.COMMON["prompt"], lora=True, guided=True, device="cpu")
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA card here"))
+
 
 def pytest_sessionfinish(session):
     """With pytest-xdist each worker hands its part of the table over."""

@@ -17,7 +17,7 @@ from einops import repeat
 from torch import Tensor, nn
 
 import wah
-from files.checkpoint import kept_dtype
+from files.checkpoint import kept_dtype, on_meta
 from helios.flow import Schedule
 from helios.load import Models
 from helios.text import UMT5Config, UMT5Encoder
@@ -30,14 +30,16 @@ LEAVING = 0.08  # of a warp's columns, in each latent frame: a camera that turns
 
 
 def randomize(network: nn.Module, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
-    """Random weights, always the same ones, under which activations stay near 1."""
-    generator = torch.Generator().manual_seed(0)
+    """Random weights, always the same ones of a kind of device, where they are made, under which activations stay near
+    1. The network may be on the meta device."""
+    generator, state = torch.Generator(device).manual_seed(0), {}
     for name, parameter in network.named_parameters():
         vector = parameter.numel() == max(parameter.shape)
         mean, deviation = float(vector and not name.endswith("bias")), 0.05 if vector else parameter[0].numel() ** -0.5
-        value = mean + deviation * torch.randn(parameter.shape, generator=generator)
-        parameter.data = value.to(device, kept_dtype(network, name, dtype))
-    return network.requires_grad_(False).eval()
+        value = mean + deviation * torch.randn(parameter.shape, generator=generator, device=device)
+        state[name] = value.to(kept_dtype(network, name, dtype))
+    network.load_state_dict(state, strict=False, assign=True)
+    return network.to(device).requires_grad_(False).eval()
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Scale:
     def transformer(self) -> Helios:
         config = HeliosConfig(self.width // 128, num_layers=self.layers, ffn_dim=-(-self.width * 27 // 1280) * 128,
                               text_dim=self.width)
-        return randomize(Helios(config), self.device, self.dtype)
+        return randomize(on_meta(lambda: Helios(config)), self.device, self.dtype)
 
     def encoder(self) -> UMT5Encoder:
         config = UMT5Config(1000, self.width, d_ff=self.width * 5 // 2, num_layers=self.layers,
@@ -68,14 +70,15 @@ class Scale:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
 
-def cases(transformer: Helios, size: tuple[int, int], schedule: Schedule) -> dict[str, tuple[tuple, History]]:
+def cases(transformer: Helios, size: tuple[int, int], schedule: Schedule,
+          leaving: float = LEAVING) -> dict[str, tuple[tuple, History]]:
     """The calls of a later chunk, with and without a warp: name -> grid (T, H, W) of the target's latents, and the
     history that `wah.Rollout` makes."""
     rollout = wah.Rollout(Models(transformer, None, schedule), None, size, torch.Generator().manual_seed(0))
     rollout.chunk, rollout.prefix = 1, rollout.normal(1)
     rollout.native = rollout.earlier = rollout.normal(sum(wah.BANDS))
     height, width = rollout.latent_shape[1:]
-    shown = torch.arange(width) < width * (1 - LEAVING * torch.arange(wah.CHUNK))[:, None]
+    shown = torch.arange(width) < width * (1 - leaving * torch.arange(wah.CHUNK))[:, None]
     visible = repeat(shown.float(), "t w -> 1 1 t h w", h=height).to(rollout.device)
     rollout.warp_latents = lambda warp: (rollout.normal(wah.CHUNK), visible)  # in place of the VAE
     native, led = rollout.native_history(), rollout.warp_history(None)

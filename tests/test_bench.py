@@ -91,6 +91,30 @@ def test_a_difference_stops_it(monkeypatch, part, network, method):
         list(bench.PARTS[part](setup(1)))
 
 
+def test_first_minutes_with_a_card(monkeypatch):
+    """All of `python bench.py --device cuda`, here on the CPU and tiny, without the compiler."""
+    compiled = []
+    monkeypatch.setattr(Helios, "compile_blocks", lambda model: compiled.append(model))
+    rows = table("card", "--width", "128", "--layers", "1", "--size", "64x64", "--vae-dim", "4", "--rounds", "1",
+                 "--device", "cpu")
+    calls = ["stage 0, 86 % of the warp visible", "stage 0, 47 % of the warp visible", "stage 1", "stage 2"]
+    parts = ["copy of", "chunk, steps 2,2,2", "chunk, preset realtime", "VAE encode", "VAE decode", "Pi3X, 1", "Pi3X, 8",
+             "training step", "the same with --memory fp8, cast back", *(f"DiT call, {call}" for call in calls),
+             *(f"compiled: DiT call, {call}" for call in calls)]
+    for part in parts:
+        (name,) = [name for name in rows if name.startswith(part)]
+        assert float(rows[name]["ours, s"]) > 0, part
+    assert len(rows) == len(parts) and len(compiled) == 1
+    tokens = [int(rows[f"DiT call, {call}"]["tokens"]) for call in calls]
+    assert tokens[0] > tokens[1] and 0 < float(rows["the same with --memory fp8, cast back"]["largest difference"]) < 0.1
+
+
+def test_what_a_card_is_asked_for():
+    """On CUDA the full size is the default, elsewhere the peers'."""
+    assert (bench.parse(["--device", "cuda"]).parts, bench.parse(["--device", "cuda"]).layers) == (["card"], 40)
+    assert bench.parse(["--device", "cpu"]).parts == [*bench.PEERED] and bench.parse(["--device", "cpu"]).width == 1024
+
+
 def test_tokens_of_a_warp():
     """Exactly the invisible columns are dropped, and nothing of the native history."""
     small = Helios(HeliosConfig(1, num_layers=1))

@@ -137,7 +137,7 @@ def test_whole_chunk(memory):
         card.waits.clear()
         made.next(warp=Warp(on_card(1, 3, WINDOW, *SIZE), on_card(1, 1, WINDOW, *SIZE)))
         watch.enter("after")
-    assert max(watch.peaks.values()) == peak and card.live < held + 2**27
+    assert max(watch.peaks.values()) < peak + 2**24 and card.live < held + 2**27  # a few latents more are remembered
     small = make_chunk(memory, (256, 448))[1]
     check_need("sample.py", f"--memory {memory}", max(small.peaks.values()), (256, 448))
 

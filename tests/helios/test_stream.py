@@ -337,6 +337,23 @@ def test_fp8_forward(case):
     assert error > 0.001
 
 
+def test_float8_times_float8():
+    """As cards multiply them, here by the CPU's kernel: rows of x are rounded too, and training casts back."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(512, 1024, generator=generator) / 32, torch.randn(2, 24, 1024, generator=generator)
+    x[0, 3] = 0
+    layer = Linear(1024, 512).bfloat16().requires_grad_(False)
+    (float8, layer.scale), layer.bias.data = quantize(weight, torch.bfloat16), torch.randn(512).bfloat16()
+    layer.weight = torch.nn.Parameter(float8, requires_grad=False)
+    expected, cast_back = F.linear(x, weight, layer.bias.float()), layer(x.bfloat16())
+    layer.in_float8 = True
+    actual = layer(x.bfloat16())
+    assert actual.dtype == torch.bfloat16 and torch.equal(actual[0, 3], layer.bias)
+    check("fp8 times fp8, relative rms", (actual.float() - expected).norm() / expected.norm(), torch.tensor(0.0), 0.045)
+    assert not torch.equal(actual, cast_back)
+    assert torch.equal(layer(x.bfloat16().requires_grad_()), cast_back)
+
+
 def test_fp8_trains():
     """Gradients of a LoRA over quantized weights point where those over the full ones do."""
     models, gradients = [load_models(Helios, DISTILLED, "cpu", memory).transformer for memory in ("full", "fp8")], []
