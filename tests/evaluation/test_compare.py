@@ -8,12 +8,12 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from known import load_video
 from PIL import Image
 
 import evaluate
 from evaluation import compare
 from evaluation.quality import measure
-from files.media import load_video
 from files.video import write_video
 from geometry.camera import WINDOW, move_path
 

@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 from goldens import DISTILLED
+from known import load_video
 from PIL import Image
 
 import evaluate
 from evaluation import compare, make
 from evaluation.protocols import known_unit, read_cases
 from files.cli import note
-from files.media import load_video
 from files.video import write_video
 from geometry.camera import DEPTH, WINDOW, inverse, move_path
 
