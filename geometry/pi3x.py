@@ -6,7 +6,8 @@ points and confidence per pixel (convolutional heads), a camera per picture, and
 the reference: reordering them reorders the outputs, and "world" is a frame of the network's own choice.
 Parameter names are the checkpoint's. In a bf16 model only the matrix products before the heads are bf16, close to the
 official autocast: norms, residual streams, heads and all after them stay fp32.
-Left out: the multimodal branch (depth, rays or poses as inputs; its tensors in a file are skipped).
+What is known can be given (`known.Known`): depth and rays are added to a picture's patches, poses turn and move what
+the patches of different pictures tell each other. The tensors for that are read only if they are asked for.
 """
 
 import math
@@ -23,15 +24,14 @@ from torch import Tensor, nn
 
 from files.checkpoint import Layers, Network, build_from, count_numbers, fill, open_safetensors, snapshot
 from files.machine import free_memory, network_dtype
+from geometry.heads import GROUP, CameraHead, ConvHead, nearest_rotation
+from geometry.known import Known
+from geometry.rotary import HEAD_DIM, Placing, rope_table, rotate
 
-HEAD_DIM = 64  # of every attention: the one size that no shape tells
-GROUP = 32  # channels that are normalised together inside the residual blocks of the convolutional heads
-
+CONDITIONS = {"depth": ("depth_encoder.", "depth_emb"), "rays": ("ray_embed.",), "poses": ("pose_inject_blk.",)}
+POSE_EVERY = 8  # decoder blocks; poses are given after the second of each group, as far as there are blocks for it
 
 norm = partial(nn.LayerNorm, eps=1e-6)
-
-
-conv3x3 = partial(nn.Conv2d, kernel_size=3, padding=1, padding_mode="replicate")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Pi3XConfig:
     metric: Branch = Branch(512, 5, 2048, 512)
     point_head: tuple[tuple[int, int], ...] = ((256, 2), (128, 2), (64, 2))  # per level: width and residual blocks
     conf_head: tuple[tuple[int, int], ...] = ((256, 2), (128, 2), (64, 2))
+    given: tuple[str, ...] = ()  # what it can be told, of `CONDITIONS`
+    pose_blocks: int = 5
 
     @property
     def pixels(self) -> int:
@@ -70,9 +72,12 @@ class Pi3XConfig:
         return (self.patch * self.grid) ** 2
 
     @classmethod
-    def from_shapes(cls, shapes: dict[str, list[int]]) -> "Pi3XConfig":
+    def from_shapes(cls, shapes: dict[str, list[int]], given: tuple[str, ...] = ()) -> "Pi3XConfig":
         """Sizes from the shapes of a file's tensors; ValueError naming the key of one that is missing or impossible.
         Only what decides a size is looked at: `fill` compares all the rest."""
+        for name in given:
+            if not any(key.startswith(CONDITIONS[name]) for key in shapes):
+                raise ValueError(f"no {CONDITIONS[name][0]}* tensors: this network cannot be told {name}")
 
         def size(key: str, axis: int, multiple: int = 1) -> int:
             shape = shapes.get(key, [])
@@ -107,6 +112,7 @@ class Pi3XConfig:
             point=branch("point_decoder"), conf=branch("conf_decoder"),
             camera=branch("camera_decoder"), metric=branch("metric_decoder"),
             point_head=head("point_head"), conf_head=head("conf_head"),
+            given=given, pose_blocks=count("pose_inject_blk") or cls.pose_blocks,
         )
 
 
@@ -133,24 +139,6 @@ def mlp(dim: int, hidden: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(fc1=Linear(dim, hidden), gelu=nn.GELU(), fc2=Linear(hidden, dim)))
 
 
-def rope_table(positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """Integer (row, column) positions [..., S, 2] -> cosines and sines [2, ..., S, 2, 16] of 16 frequencies.
-
-    Kept for parity: in bf16 the angles themselves are rounded, which is coarse for far rows and columns.
-    """
-    pairs = HEAD_DIM // 4
-    frequency = 100 ** (-torch.arange(pairs, device=positions.device).float() / pairs)
-    angle = (positions[..., None] * frequency).to(dtype)
-    return torch.stack([angle.cos(), angle.sin()])
-
-
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate heads [..., S, 64]: their first half by the row, the second by the column, in pairs that lie 16 apart."""
-    cos, sin = rope
-    a, b = x.unflatten(-1, (2, 2, -1)).unbind(-2)  # [..., S, 2, 16] each
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-2).flatten(-3)
-
-
 class Attention(nn.Module):
     def __init__(self, dim: int, qk_norm: bool):
         super().__init__()
@@ -159,9 +147,13 @@ class Attention(nn.Module):
         # eps is 1e-5 here and 1e-6 everywhere else
         self.q_norm, self.k_norm = (nn.LayerNorm(HEAD_DIM, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2))
 
-    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [B, heads, S, 64]."""
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, d=HEAD_DIM)
-        q, k = self.q_norm(q.float()).type_as(v), self.k_norm(k.float()).type_as(v)
+        return self.q_norm(q.float()).type_as(v), self.k_norm(k.float()).type_as(v), v
+
+    def forward(self, x: Tensor, rope: Tensor | None) -> Tensor:
+        q, k, v = self.heads(x)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         return self.proj(rearrange(F.scaled_dot_product_attention(q, k, v), "b h n d -> b n (h d)"))
@@ -191,6 +183,21 @@ class Block(nn.Module):
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
+class PoseBlock(Block):
+    """What known cameras add to the patches [B, N * P, D] of all pictures; its two parts read the same."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__(dim, hidden, scale=True, qk_norm=True)
+
+    def forward(self, x: Tensor, placing: Placing) -> Tensor:
+        q, k, v = self.attn.heads(self.norm1(x))
+        q = placing.turned(q, placing.w2c.mT, 1)
+        k, v = placing.turned(k, placing.c2w, 1), placing.turned(v, placing.c2w, 1)
+        seen = placing.turned(F.scaled_dot_product_attention(q, k, v, placing.mask), placing.w2c, -1)
+        seen = self.attn.proj(rearrange(seen, "b h n d -> b n (h d)"))
+        return (self.ls1(seen) + self.ls2(self.mlp(self.norm2(x)))) * placing.share
+
+
 def resize_positions(table: Tensor, height: int, width: int) -> Tensor:
     """Position embedding [1, 1 + M * M, D] of the cls token and M x M patches -> [1, 1 + height * width, D]."""
     grid = rearrange(table[:, 1:], "1 (h w) d -> 1 d h w", h=math.isqrt(table.shape[1] - 1))
@@ -199,24 +206,24 @@ def resize_positions(table: Tensor, height: int, width: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    def __init__(self, dim: int, patch: int):
+    def __init__(self, dim: int, patch: int, channels: int = 3):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch, stride=patch)
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images.to(self.proj.weight.dtype))
 
 
 class Encoder(nn.Module):
-    """DINOv2 with registers. Pictures [F, 3, H, W] -> patch tokens [F, P, D], row-major."""
+    """DINOv2 with registers. Pictures or other maps [F, channels, H, W] -> patch tokens [F, P, D], row-major."""
 
-    def __init__(self, config: Pi3XConfig):
+    def __init__(self, config: Pi3XConfig, channels: int = 3):
         super().__init__()
         dim = config.dim
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.register_tokens = nn.Parameter(torch.zeros(1, config.registers, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + config.grid**2, dim))
-        self.patch_embed = PatchEmbed(dim, config.patch)
+        self.patch_embed = PatchEmbed(dim, config.patch, channels)
         self.blocks = Layers[Block](Block(dim, config.encoder_hidden, scale=True) for _ in range(config.encoder_blocks))
         self.norm = norm(dim)
 
@@ -291,89 +298,13 @@ class MetricDecoder(nn.Module):
         return self.linear_out(x)
 
 
-def append_view_plane(x: Tensor, aspect: float) -> Tensor:
-    """Maps [F, C, h, w] -> [F, C + 2, h, w]: each pixel's centre (u, v) on a plane of diagonal 2 and of the picture's
-    `aspect` = W / H comes last."""
-    height, width = x.shape[-2:]
-    end_u = aspect / math.hypot(aspect, 1) * (width - 1) / width
-    end_v = 1 / math.hypot(aspect, 1) * (height - 1) / height
-    u = torch.linspace(-end_u, end_u, width, device=x.device)
-    v = torch.linspace(-end_v, end_v, height, device=x.device)
-    return torch.cat([x, torch.stack(torch.meshgrid(u, v, indexing="xy")).expand(len(x), -1, -1, -1)], dim=1)
-
-
-class ResidualConv(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        first, second = nn.GroupNorm(1, dim), nn.GroupNorm(2 * dim // GROUP, 2 * dim)
-        self.layers = nn.Sequential(first, nn.ReLU(), conv3x3(dim, 2 * dim), second, nn.ReLU(), conv3x3(2 * dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
-
-
-class ConvHead(nn.Module):
-    """Patch features [F, C, H/14, W/14] -> maps [F, H, W, channels], those of all `outputs` side by side."""
-
-    def __init__(self, dim: int, levels: tuple[tuple[int, int], ...], outputs: tuple[int, ...]):
-        super().__init__()
-        self.upsample_blocks = Layers[nn.ModuleList]()
-        for width, blocks in levels:
-            upsample = nn.Sequential(nn.ConvTranspose2d(dim + 2, width, 2, stride=2), conv3x3(width, width))
-            self.upsample_blocks.append(nn.ModuleList([upsample, *(ResidualConv(width) for _ in range(blocks))]))
-            dim = width
-        self.output_block = nn.ModuleList(
-            nn.Sequential(conv3x3(dim + 2, 32), nn.ReLU(), nn.Conv2d(32, channels, 1)) for channels in outputs
-        )
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        for upsample, *blocks in self.upsample_blocks:
-            x = upsample(append_view_plane(x, width / height))
-            for block in blocks:
-                x = block(x)
-        x = F.interpolate(x, (height, width), mode="bilinear")  # 8 times the patch grid -> 14 times
-        x = append_view_plane(x, width / height)
-        return rearrange(torch.cat([block(x) for block in self.output_block], dim=1), "f c h w -> f h w c")
-
-
-class CameraHead(nn.Module):
-    """Patch tokens [F, P, C] -> nine raw numbers of the rotation [F, 9] and the translation [F, 3]."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.res_conv = Layers[nn.ModuleDict](
-            nn.ModuleDict({f"res_conv{index}": nn.Linear(dim, dim) for index in (1, 2, 3)}) for _ in range(2)
-        )
-        self.more_mlps = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim), nn.ReLU())
-        self.fc_rot, self.fc_t = nn.Linear(dim, 9), nn.Linear(dim, 3)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        for block in self.res_conv:
-            h = x
-            for layer in block.values():
-                h = F.relu(layer(h))
-            x = x + h
-        x = self.more_mlps(x.mean(dim=1))
-        return self.fc_rot(x), self.fc_t(x)
-
-
-def nearest_rotation(nine: Tensor) -> Tensor:
-    """[..., 9], three rows -> the rotation [..., 3, 3] nearest to the matrix of the rows at unit length."""
-    rows = F.normalize(nine.unflatten(-1, (3, 3)), dim=-1)
-    u, _, vt = torch.linalg.svd(rows.mT)
-    v, ut = vt.mT, u.mT
-    handedness = torch.linalg.det(v @ ut)[..., None, None]  # -1 for a reflection
-    return torch.cat([v[..., :2], v[..., 2:] * handedness], dim=-1) @ ut
-
-
 class Pi3X(Network):
     """The whole network. Gradients are recorded as usual: call it under `torch.inference_mode()` to only run it."""
 
     Config = Pi3XConfig
-    fp32 = ("norm", "gamma", "token", "pos_embed", "image_", "_head.")  # stay fp32 in a bf16 model
+    fp32 = ("norm", "gamma", "token", "pos_embed", "image_", "_head.", "depth_emb")  # stay fp32 in a bf16 model
     # of the camera head's nine numbers; training sets another
     rotation: Callable[[Tensor], Tensor] = staticmethod(nearest_rotation)
-    ignored = ("depth_encoder.", "depth_emb", "ray_embed.", "pose_inject_blk.")  # the multimodal branch
     image_mean: Tensor
     image_std: Tensor
 
@@ -381,6 +312,7 @@ class Pi3X(Network):
         super().__init__()
         dim = config.dim
         self.config = config
+        self.ignored = sum((keys for name, keys in CONDITIONS.items() if name not in config.given), ())
         self.register_buffer("image_mean", torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1))
         self.register_buffer("image_std", torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1))
         self.encoder = Encoder(config)
@@ -397,8 +329,46 @@ class Pi3X(Network):
         self.conf_head = ConvHead(config.conf.out, config.conf_head, outputs=(1,))
         self.camera_head = CameraHead(config.camera.out)
         self.metric_head = nn.Linear(config.metric.out, 1)
+        if "depth" in config.given:
+            self.depth_encoder = Encoder(config, channels=2)  # depth, and where it is known
+            self.depth_emb = nn.Parameter(torch.zeros(1, 1, dim))
+        if "rays" in config.given:
+            self.ray_embed = PatchEmbed(dim, config.patch, channels=2)
+        if "poses" in config.given:
+            self.pose_inject_blk = Layers[PoseBlock](
+                PoseBlock(dim, config.decoder_hidden) for _ in range(config.pose_blocks)
+            )
 
-    def decode(self, patches: Tensor, count: int, rope: Tensor, rope_all: Tensor) -> Tensor:
+    def tell(self, patches: Tensor, known: Known, images: Tensor) -> tuple[Tensor, Placing | None]:
+        """Patch tokens [B * N, P, D] with the known rays and depths added to them, and the known cameras."""
+        sets, count, _, height, width = images.shape
+        missing = set(known.names()) - set(self.config.given)
+        if missing:
+            raise ValueError(f"Pi3X: was loaded without what it takes to be told {', '.join(sorted(missing))}")
+        masks = known.masks(sets, count, images.device)
+        poses, depth = known.scaled(masks["depth"].any(1))
+        if masks["rays"].any():
+            slopes = known.slopes(height, width).flatten(0, 1)
+            added = rearrange(self.ray_embed(slopes), "f d h w -> f (h w) d")
+            patches = patches + added * masks["rays"].view(-1, 1, 1)
+        if depth is not None and masks["depth"].any():
+            maps = torch.stack([depth, (depth > 0).float()], dim=2).flatten(0, 1)
+            patches = patches + (self.depth_encoder(maps) + self.depth_emb) * masks["depth"].view(-1, 1, 1)
+        if poses is None or not masks["poses"].any():
+            return patches, None
+        return patches, Placing(poses, masks["poses"], height // self.config.patch, width // self.config.patch)
+
+    def inject(self, x: Tensor, index: int, count: int, placing: Placing) -> Tensor:
+        """Known cameras into the tokens [B * N, specials + P, D] after the decoder's block `index`."""
+        group, place = divmod(index, POSE_EVERY)
+        if place != 1 or group >= len(self.pose_inject_blk):
+            return x
+        specials, patches = x.split([self.config.specials, x.shape[1] - self.config.specials], dim=1)
+        told = self.pose_inject_blk[group](rearrange(patches, "(b n) p d -> b (n p) d", n=count), placing)
+        return torch.cat([specials, patches + told.view_as(patches)], dim=1)
+
+    def decode(self, patches: Tensor, count: int, rope: Tensor, rope_all: Tensor,
+               placing: Placing | None = None) -> Tensor:
         """Patch tokens [B * N, P, D], N = `count` -> outputs of the last two blocks [B * N, specials + P, 2D]."""
         x = torch.cat([self.register_token[0].expand(len(patches), -1, -1), patches], dim=1)
         for index, block in enumerate(self.decoder):
@@ -407,10 +377,12 @@ class Pi3X(Network):
                 x = block(x, rope)
             else:  # over all pictures
                 x = block(rearrange(x, "(b n) s d -> b (n s) d", n=count), rope_all).reshape(x.shape)
+            x = x if placing is None else self.inject(x, index, count, placing)
         return torch.cat([before, x], dim=-1)
 
-    def forward(self, images: Tensor) -> Prediction:
-        """Pictures [B, N, 3, H, W] in [0, 1]; ValueError unless H and W are multiples of the patch size (14)."""
+    def forward(self, images: Tensor, known: Known | None = None) -> Prediction:
+        """Pictures [B, N, 3, H, W] in [0, 1], and what is known of them; ValueError unless H and W are multiples of the
+        patch size (14)."""
         shape, patch = list(images.shape), self.config.patch
         if len(shape) != 5 or shape[2] != 3 or 0 in shape or shape[3] % patch or shape[4] % patch:
             raise ValueError(f"Pi3X: images are {shape}, expected [B, N, 3, H, W], H and W multiples of {patch}")
@@ -421,7 +393,10 @@ class Pi3X(Network):
         rope_all = rope.repeat(1, count, 1, 1)
 
         frames = rearrange(images, "b n c h w -> (b n) c h w")
-        tokens = self.decode(self.encoder((frames - self.image_mean) / self.image_std), count, rope, rope_all)
+        patches, placing = self.encoder((frames - self.image_mean) / self.image_std), None
+        if known is not None:
+            patches, placing = self.tell(patches, known, images)
+        tokens = self.decode(patches, count, rope, rope_all, placing)
         decoders = self.point_decoder, self.conf_decoder, self.camera_decoder
         point, conf, camera = (decoder(tokens, rope)[:, self.config.specials :].float() for decoder in decoders)
         point, conf = (rearrange(x, "f (h w) c -> f 1 c h w", h=height // patch) for x in (point, conf))
@@ -445,13 +420,15 @@ class Pi3X(Network):
         return Prediction(points, local, rays, confidence, c2w, metric.flatten())
 
 
-def load_pi3x(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Pi3X:
-    """The network from its one file. OSError if there is none, ValueError naming each tensor that does not fit."""
+def load_pi3x(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+              given: tuple[str, ...] = ()) -> Pi3X:
+    """The network from its one file, with the tensors for what is `given` (of `CONDITIONS`) to it besides pictures.
+    OSError if there is none, ValueError naming each tensor that does not fit."""
     path = Path(path)
     with open_safetensors(path) as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
     try:
-        config = Pi3XConfig.from_shapes(shapes)
+        config = Pi3XConfig.from_shapes(shapes, given)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return fill(build_from(path, lambda: Pi3X(config)), [path], device, dtype)
@@ -465,10 +442,11 @@ def find_pi3x(choice: Path | None, weights: Path) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-def pi3x_source(file: Path, device: str, beside: list[Path], often: bool) -> Callable[[], Pi3X]:
+def pi3x_source(file: Path, device: str, beside: list[Path], often: bool,
+                given: tuple[str, ...] = ()) -> Callable[[], Pi3X]:
     """How a run gets Pi3X: read anew for each estimate, so that it makes room for what is in the files `beside` it, or
     kept if it is used `often` and both fit on the device, with a quarter more for what they compute."""
     dtype = network_dtype(device)
-    read = partial(load_pi3x, file, device, dtype)
+    read = partial(load_pi3x, file, device, dtype, given)
     needed = count_numbers([file, *beside]) * dtype.itemsize * 5 // 4
     return cache(read) if often and free_memory(device) > needed else read

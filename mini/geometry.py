@@ -90,7 +90,7 @@ def seen_from_each(c2w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_rows(nine: Tensor) -> Tensor:
-    """Stands for `pi3x.nearest_rotation` in training: the gradient of an SVD breaks down at a rotation, where the
+    """Stands for `heads.nearest_rotation` in training: the gradient of an SVD breaks down at a rotation, where the
     singular values are equal. The rows get orthogonal too, for a camera as seen from itself shall be the identity."""
     return F.normalize(nine.unflatten(-1, (3, 3)), dim=-1)
 

@@ -8,18 +8,16 @@ import torch.nn.functional as F
 from goldens import GEOMETRY, check, prefixed, tensors
 from safetensors.torch import save_file
 
+from geometry.heads import append_view_plane, nearest_rotation
 from geometry.pi3x import (
     Block,
     Branch,
     Pi3X,
     Pi3XConfig,
-    append_view_plane,
     load_pi3x,
-    nearest_rotation,
     resize_positions,
-    rope_table,
-    rotate,
 )
+from geometry.rotary import rope_table, rotate
 from geometry.surface import focal_from_rays
 
 WEIGHTS = GEOMETRY / "pi3x_weights.safetensors"

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from geometry.camera import inverse, move_path
-from geometry.pi3x import Branch, Pi3X, Pi3XConfig, Prediction, load_pi3x, nearest_rotation
+from geometry.heads import nearest_rotation
+from geometry.pi3x import Branch, Pi3X, Pi3XConfig, Prediction, load_pi3x
 from geometry.surface import estimate, focal_from_rays, pinhole
 from mini import geometry, world
 from mini.geometry import (
