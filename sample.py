@@ -251,7 +251,7 @@ class Networks:
 def generate(args: argparse.Namespace, job: Job, output: Output, networks: Networks) -> Tensor:
     """Make the video, unless all chunks are there; Ctrl-C after the first one ends it early. Returns the latents that
     precede it."""
-    if output.rollout is not None and output.count == job.frames:
+    if output.count == job.frames and output.rollout and "given" in output.rollout:
         return output.rollout["given"]
     settings, start = job.settings, job.start
     prompts, models = networks.give(args, job)
