@@ -63,7 +63,8 @@ def run_program(name: str, program: Callable[[argparse.Namespace], None], args: 
     try:
         program(args)
         finished = True
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed
+            sys.stdout.flush()
     except BrokenPipeError:  # nobody reads what is printed any more, as after `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0 if finished else 141  # what a shell reports for it

@@ -132,7 +132,7 @@ def test_retime():
     with pytest.raises(ValueError, match="no rate of its own .*give --frames"):
         camera.retime(replace(path, fps=None), None, 24.0, True)
     for frames, fps in ((0, None), (None, 0.5), (None, 1000.0)):
-        with pytest.raises(ValueError, match="--frames 0" if frames == 0 else "--fps"):
+        with pytest.raises(ValueError, match="--frames 0" if frames == 0 else "fps"):
             camera.retime(path, frames, fps, False)
 
 

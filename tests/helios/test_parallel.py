@@ -236,8 +236,10 @@ def test_texts_are_forgotten_together(team, weights):
     assert team.forgotten == []
 
 
-def test_an_interrupt_waits_for_the_call(team, weights, monkeypatch):
+def test_an_interrupt_waits_for_the_call(team, weights, monkeypatch, request):
     """Then it comes, and the team is as before; where it is waited for already (a training step), it goes there."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as by a shell's own jobs
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     team.begin("tokens", "cpu")
     network = team.load(Helios, weights / "transformer", "cpu")
     original, done = team.do_text, []
