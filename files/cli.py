@@ -66,7 +66,7 @@ def run_program(name: str, program: Callable[[argparse.Namespace], None], args: 
         if sys.stdout is not None:  # closed
             sys.stdout.flush()
     except BrokenPipeError:  # nobody reads what is printed any more, as after `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno() if sys.stdout else 1)
         return 0 if finished else 141  # what a shell reports for it
     except (ValueError, OSError) as error:
         print(f"{name}: error: {explain(error)}", file=sys.stderr)
