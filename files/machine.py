@@ -31,7 +31,8 @@ def network_dtype(device: torch.device | str) -> torch.dtype:
 
 
 def choose_products() -> None:
-    """Matrix products of fp32 by oneDNN instead of MKL, which is half as fast on processors that are not Intel's.
+    """Matrix products of fp32 by oneDNN, with up to twice the rounding error of MKL's, which are half as fast on
+    processors that are not Intel's.
 
     The one switch for it also allows rounding to bf16 inside: a processor that does so (AMX) keeps what it had.
     """
