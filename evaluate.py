@@ -13,7 +13,6 @@ best. What is under way is kept in a folder beside the table, so that the same w
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -34,6 +33,7 @@ from evaluation.table import Rows, column, markdown, mean_error, means, title
 from files.cli import Parser, existing, parse_size, run_program
 from files.draw import draw_means, save_png
 from files.machine import check_device
+from files.settings import read_part
 from files.writing import check_apart, fingerprint, replacing
 from geometry.camera import WINDOW
 from geometry.pi3x import Pi3X, find_pi3x, load_pi3x
@@ -87,12 +87,12 @@ def parse(words: list[str]) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def read_part(text: str) -> slice:
+def part_of(text: str) -> slice:
     """"2/4" -> every fourth from the second on."""
-    found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
+    first, step = read_part(text)
+    if not first:
         raise ValueError(f"--part {text!r}: expected i/N with i from 1 to N, as in 1/4")
-    return slice(int(found[1]) - 1, None, int(found[2]))
+    return slice(first - 1, None, step)
 
 
 def write(out: Path, head: list[str], rows: Rows, reference: str | None, shown: str, show: Show,
@@ -254,7 +254,7 @@ def run_protocol(args: argparse.Namespace) -> None:
     given = {} if args.poses is None else match(args.poses, names, f"--data {args.data}", POSES)
     pi3x, words = find_network(args)
     maker = open_maker(args, cases)
-    paths = {case.name: make_case(case, maker, given.get(case.name), pi3x) for case in cases[read_part(args.part)]}
+    paths = {case.name: make_case(case, maker, given.get(case.name), pi3x) for case in cases[part_of(args.part)]}
     there = sum(maker.video(row, name).is_file() for name in names for row in maker.ways)
     if there < len(names) * len(maker.ways):
         print(f"{there} of {len(names) * len(maker.ways)} videos are there; the table comes with the last")
@@ -301,7 +301,7 @@ def run_trial(args: argparse.Namespace, trial: Trial) -> dict[int, dict] | None:
         raise ValueError(f"--found {args.found}: expected frames from 1 to {WINDOW - 1}")
     seeds = held_out(args.scenes, read_index(args.weights).size)
     there = {seed: trial.read(seed) for seed in seeds}
-    wanted = [seed for seed in seeds[read_part(args.part)] if there[seed] is None]
+    wanted = [seed for seed in seeds[part_of(args.part)] if there[seed] is None]
     trial.folder.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     for number, seed in enumerate(side_by_side(partial(judge, trial=trial), wanted, args.processes), 1):

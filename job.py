@@ -4,7 +4,6 @@
 """
 
 import argparse
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -21,7 +20,7 @@ from files.checkpoint import build, weight_files
 from files.cli import check_frames, parse_size
 from files.machine import check_device, default_device, network_dtype
 from files.media import fit_image, is_video, load_image, read_frames, read_mask, resize_frame
-from files.settings import parse_settings, require
+from files.settings import parse_settings, read_part, require
 from files.video import is_film, read_rate
 from geometry.camera import WINDOW, CameraPath, describe, hold, resolve_lens, retime
 from geometry.pi3x import Pi3X, find_pi3x, load_pi3x, pi3x_source
@@ -83,7 +82,7 @@ class Settings(Options):
             ("prompt_blend", 1 <= self.prompt_blend <= 100, "from 1 to 100"),
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
             ("split", self.split in SPLITS, " or ".join(SPLITS)),
-            ("part", 1 <= self.share[0] <= self.share[1], "i/N, with i from 1 to N"),
+            ("part", read_part(self.part)[0] > 0, "i/N, with i from 1 to N"),
             ("samples", 1 <= self.samples <= 16, "from 1 to 16"),
             ("geometry_pixels", 1000 <= (self.geometry_pixels or 1000) <= 10**7, "from 1000 to 10000000"),
             ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
@@ -94,12 +93,6 @@ class Settings(Options):
             ("unit", self.unit != "", "depth, 0.2depth, same, meter or a number"),
             ("latents", latents is None or latents.suffix == ".safetensors", "a file name that ends in .safetensors"),
         )
-
-    @property
-    def share(self) -> tuple[int, int]:
-        """i and N of the `part`, zeros for other words."""
-        words = re.fullmatch(r"(\d{1,6})/(\d{1,6})", self.part)
-        return (int(words[1]), int(words[2])) if words else (0, 0)
 
 
 @dataclass(frozen=True)

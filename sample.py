@@ -36,7 +36,7 @@ from files.machine import allow_tf32, describe_machine, network_dtype, out_of_me
 from files.measure import steadiness
 from files.media import read_frames, to_frames
 from files.output import Output, parts_folder
-from files.settings import setting_names
+from files.settings import read_part, setting_names
 from files.table import check_row, read_table
 from files.video import try_encoder
 from files.writing import beside, check_apart, check_outputs, fingerprint, replacing
@@ -324,7 +324,7 @@ def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bo
 
 def list_rows(args: argparse.Namespace, settings: Settings) -> list[tuple[int, dict]]:
     """The rows of --list that are this run's part, and their numbers in the file, from 1 on."""
-    first, step = settings.share
+    first, step = read_part(settings.part)
     rows = list(enumerate(read_table(args.list, ("out",), dict), 1))
     parser_options = {name for name, value in vars(args).items() if not isinstance(value, list)} | {"warp"}
     known = parser_options - {"list", "resume", "words"} | {*setting_names(settings)} - {"device", "split", "part"}

@@ -129,21 +129,19 @@ class Pair:
     def true_frames(self) -> np.ndarray | None:
         if self.truth is None:
             return None
-        frames = read_video(self.truth, self.protocol, self.frames.shape[1:3])
-        if len(frames) < len(self.frames):
-            raise ValueError(f"{self.truth}: {len(frames)} frames, expected at least the {len(self.frames)} of"
-                             f" {self.result}")
-        return frames[: len(self.frames)]
+        return self.as_long(self.truth, read_video(self.truth, self.protocol, self.frames.shape[1:3]))
 
     @cached_property
     def visible(self) -> np.ndarray | None:
         if self.mask is None:
             return None
-        visible = read_visible(self.mask, self.protocol, self.frames.shape[1:3])
-        if len(visible) < len(self.frames):
-            raise ValueError(f"{self.mask}: {len(visible)} masks, expected at least the {len(self.frames)} frames of"
-                             f" {self.result}")
-        return visible[: len(self.frames)]
+        return self.as_long(self.mask, read_visible(self.mask, self.protocol, self.frames.shape[1:3]))
+
+    def as_long(self, path: Path, found: np.ndarray) -> np.ndarray:
+        """As many as there are of the result."""
+        if len(found) < len(self.frames):
+            raise ValueError(f"{path}: {len(found)} frames, expected at least the {len(self.frames)} of {self.result}")
+        return found[: len(self.frames)]
 
     def numbers(self, perceptual: Perceptual | None, pi3x: Callable[[], Pi3X] | None) -> dict[str, float]:
         found = {}

@@ -1,6 +1,7 @@
 """Settings: dataclasses that check themselves, and words like "rank=16" that change them (`--set NAME=VALUE`)."""
 
 import math
+import re
 from dataclasses import fields, replace
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -39,6 +40,13 @@ def read_value(text: str, kind: Any) -> Any:
     if kind is float and not math.isfinite(value):
         raise ValueError
     return value
+
+
+def read_part(text: str) -> tuple[int, int]:
+    """"2/4", every fourth from the second on, as numbers; zeros for words that are no i/N with i from 1 to N."""
+    words = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+    first, step = (int(words[1]), int(words[2])) if words else (0, 0)
+    return (first, step) if 1 <= first <= step else (0, 0)
 
 
 def show_value(value: Any) -> str:

@@ -25,7 +25,6 @@ from helios.lora import Lora
 # -------------------------------------------------------------------------------------------------------------- weights
 
 
-
 class SummedNorm(nn.Module):
     """nn.RMSNorm over a width whose channels are divided."""
 
