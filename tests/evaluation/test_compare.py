@@ -58,6 +58,17 @@ def run(folders, *words, results=("ours", "theirs")):
     return code, out
 
 
+def test_a_result_that_is_shorter_than_the_truth(folders):
+    """Its frames alone count, of the truth and of the masks."""
+    short = load_video(folders / "ours" / "b.mp4")[:20]
+    write_video(folders / "theirs" / "b.mp4", short, 16)
+    code, out = run(folders, "--truth", str(folders / "truth"), "--masks", str(folders / "masks"), results=("theirs",))
+    found = json.loads(out.with_suffix(".json").read_text())["rows"]["theirs"]["b"]
+    visible = np.load(folders / "masks" / "b.npy")[:20] > 0.5
+    wanted = measure(load_video(folders / "theirs" / "b.mp4"), load_video(folders / "truth" / "b.mp4")[:20], visible)
+    assert code == 0 and {name: found[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
+
+
 def test_folders_by_name(folders, capsys):
     code, out = run(folders, "--truth", str(folders / "truth"), "--masks", str(folders / "masks"))
     assert code == 0 and "1 of 3 videos of" in capsys.readouterr().err
