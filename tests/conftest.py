@@ -1,10 +1,13 @@
 """One thread and one kind of products, so that the small models run fast and alike everywhere; and the parity table after the run."""
 
+import json
+
 import goldens
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sampling import INPUTS, SIZE
 
 from files.machine import choose_products
 from geometry import surface
@@ -24,6 +27,22 @@ def page_words(tmp_path, monkeypatch):
         Image.fromarray(file["image"]).save("image.png")
     return ["--weights", str(goldens.DISTILLED), "--size", "64x128", "--image", "image.png", "--prompt", "a car", "--set",
             "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, with the official runs' inputs as files; geometry is coarse, to be fast."""
+    monkeypatch.chdir(tmp_path)
+    small = surface.geometry_size
+    monkeypatch.setattr(surface, "map_size", lambda height, width, *limit: small(height, width, 11_760))
+    Image.fromarray(INPUTS["image"]).save("image.png")
+    np.save("warp.npy", INPUTS["warp"])
+    np.save("mask.npy", INPUTS["mask"])
+    c2w = np.tile(np.eye(4), (33, 1, 1))
+    c2w[:, 2, 3] = np.linspace(0, 1, 33)
+    (tmp_path / "poses.json").write_text(json.dumps({"c2w": c2w.tolist(), "fps": 12}))
+    np.save("depth.npy", np.linspace(3, 1, SIZE[0], dtype=np.float32)[:, None].repeat(SIZE[1], 1))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

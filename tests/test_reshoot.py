@@ -11,7 +11,7 @@ import pytest
 import torch
 from goldens import DISTILLED, GEOMETRY
 from PIL import Image
-from test_sample import INPUTS, SIZE, read, refused, sample, stop_in_chunk
+from sampling import INPUTS, SIZE, read, refused, sample, stop_in_chunk
 
 import view
 from clips import steady_path

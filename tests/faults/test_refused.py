@@ -1,0 +1,113 @@
+"""What sample.py refuses: one line, exit status 2, and no file made or changed."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from goldens import DISTILLED, HELIOS
+from sampling import INPUTS, LED, LONG, LORA, PI3X, WEIGHTS, refused
+
+
+def poses_with(change) -> None:
+    c2w = np.tile(np.eye(4), (33, 1, 1))
+    change(c2w)
+    with open("bad.json", "w") as file:
+        json.dump({"c2w": c2w.tolist()}, file)
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["--image", "none.png"], ["none.png"]),
+    (["--image", "poses.json", "--move", "hold"], ["poses.json"]),
+    (["--move", "hold"], ["--image"]),
+    (LED + ["--size", "64x100"], ["64x100", "64"]),
+    (LED + ["--size", "64"], ["--size"]),
+    (LED + ["--frames", "0"], ["--frames"]),
+    (LED + ["--set", "nosuch=1"], ["nosuch", "threshold"]),
+    (LED + ["--lora", "none.safetensors"], ["none.safetensors"]),
+    (LED + ["--depth", "none.npy"], ["none.npy"]),
+    (LED + ["--set", "keyframes=2", "--depth", "depth.npy"], ["keyframes", "Pi3X"]),
+    (["--image", "image.png", "--depth", "depth.npy"], ["--depth"]),
+    (["--image", "image.png", "--lora", str(HELIOS / "lora_prefix.safetensors")], ["--lora"]),
+    (["--image", "image.png", "--move", "fly 3"], ["fly"]),
+    (["--image", "image.png", "--poses", "none.json"], ["none.json"]),
+    (["--image", "image.png", "--warp", "warp.npy", "--frames", str(LONG + 1)], ["warp.npy", str(LONG), str(LONG + 1)]),
+    (["--image", "image.png", "--warp", "mask.npy"], ["mask.npy"]),
+    (LED + ["--out", "no/such/folder/out.mp4"], ["no/such/folder"]),
+    (LED + ["--out", "out.txt"], ["out.txt", ".mp4"]),
+    (LED + ["--set", "latents=no/folder/x.safetensors"], ["no/folder"]),
+    (LED + ["--set", "latents=out.mp4"], ["out.mp4", ".safetensors"]),
+    (["--image", "image.png", "--warp", "warp.npy", "out.mp4", "--out", "out.mp4"], ["out.mp4"]),
+    (["--image", "image.png", "--move", ""], ["verb"]),
+    (LED + ["--set", "fov=0"], ["--set", "fov is 0.0"]),
+    (["--image", "image.png", "--set", "fov=50"], ["fov"]),
+    (LED + ["--set", "seed=-1"], ["seed"]),
+    (LED + ["--set", "fps=0"], ["fps"]),
+    (LED + ["--set", "device=abacus"], ["abacus"]),
+    (LED + ["--set", "geometry=none.safetensors"], ["none.safetensors"]),
+    (LED + ["--set", f"geometry={LORA}"], ["lora_prefix", "missing"]),
+    (LED + PI3X + ["--set", "keyframes=0"], ["keyframes"]),
+    (["--image", "image.png", "--poses", "mask.npy"], ["mask.npy", "expected [T,4,4]"]),
+    (LED + ["--set", "device=cuda:77"], ["cuda:77"]),
+])
+def test_bad_words(capsys, place, words, parts):
+    refused(capsys, place, words, *parts)
+
+
+PATH_ALONE = {"geometry": WEIGHTS, "keyframes": 2, "fov": 50, "resample": "true", "samples": 2, "geometry_pixels": 2000}
+LED_ALONE = {"align": "false", "drop": "false", "threshold": 0.5, "warp_noise": "false", "warp_sigma": "0.1,0.2",
+             "warp_band": "mid", "warp_fill": "smooth", "previous": "0,0,0", "mask_lag": "false"}
+
+
+@pytest.mark.parametrize("name, value", [*PATH_ALONE.items(), *LED_ALONE.items()])
+def test_settings_that_would_do_nothing_are_refused(capsys, place, name, value):
+    """Without a camera; and those of a path beside a finished warp."""
+    words = ["--set", f"{name}={value}"]
+    refused(capsys, place, ["--image", "image.png", *words], f"--set {name}: needs a camera")
+    if name in PATH_ALONE:
+        refused(capsys, place, ["--image", "image.png", "--warp", "warp.npy", *words], f"--set {name}: needs a camera path")
+
+
+def test_bad_poses(capsys, place):
+    words = ["--image", "image.png", "--poses", "bad.json"]
+    poses_with(lambda c2w: c2w[7].__setitem__((0, 3), np.nan))
+    refused(capsys, place, words, "bad.json", "7")
+    poses_with(lambda c2w: c2w[3].__setitem__((0, 0), -1))
+    refused(capsys, place, words, "bad.json", "3")
+    poses_with(lambda c2w: c2w[5].__imul__(2))
+    refused(capsys, place, words, "bad.json", "5")
+
+
+def test_bad_masks(capsys, place):
+    np.save("short.npy", INPUTS["mask"][:-1])
+    words = ["--image", "image.png", "--warp", "warp.npy"]
+    refused(capsys, place, words + ["short.npy"], str(LONG - 1), str(LONG))
+    shutil.copy("warp.npy", "out_warp.mp4")
+    refused(capsys, place, ["--image", "image.png", "--warp", "out_warp.mp4"], "out_warp.mp4")
+    refused(capsys, place, words + ["warp.npy"], "warp.npy")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+def test_bad_checkpoints(capsys, place, part):
+    """A truncated file, a missing one, and one of the wrong shapes."""
+    weights = place / "weights"
+    shutil.copytree(DISTILLED, weights)
+    file = sorted((weights / part).glob("*.safetensors"))[-1]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-100])
+    refused(capsys, place, LED, file.name, weights=weights)
+    file.unlink()
+    refused(capsys, place, LED, part, weights=weights)
+    file.write_bytes(whole)
+    config = json.loads((weights / part / "config.json").read_text())
+    key = {"transformer": "ffn_dim", "vae": "base_dim", "text_encoder": "d_ff"}[part]
+    (weights / part / "config.json").write_text(json.dumps(config | {key: config[key] * 2}))
+    refused(capsys, place, LED, "shape", weights=weights)
+
+
+def test_missing_checkpoint(capsys, place):
+    refused(capsys, place, LED, "nowhere", "weights/README.md", weights="nowhere")
+    weights = place / "weights"
+    shutil.copytree(DISTILLED, weights)
+    (weights / "tokenizer" / "spiece.model").unlink()
+    refused(capsys, place, LED, "spiece.model", weights=weights)
