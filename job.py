@@ -32,7 +32,7 @@ from helios.load import VAES, check_parts, find_lora, size_multiple
 from helios.lora import Lora, load_lora
 from helios.taehv import find_taehv
 from helios.team import SPLITS, ranks
-from memory import Camera, Memory
+from memory import CHOICES, Camera, Memory
 from model import Helios
 from render import RenderSettings, Warp, make_warp
 from reshoot import RELATIVE, Reshoot, estimate_frames, filmed_path
@@ -41,6 +41,7 @@ from wah import Options, model_options
 PRESETS = {"official": {}, "realtime": {
     "warp_band": "mid", "amplify_first_chunk": False, "threshold": 0.6, "warp_fill": "smooth", "samples": 2,
     "geometry_pixels": 130_000}}  # and one step a stage
+OF_PI3X = "keyframes", "keyframe_choice", "known_poses"  # settings of a run whose geometry it finds
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,9 @@ class Settings(Options):
     geometry: Path | None = None  # Pi3X weights; none: Pi3X/model.safetensors in the weights' folder or beside it
     # pictures that Pi3X sees at once, the first and the latest; none: 8, or the weights' own
     keyframes: int | None = None
+    # or covering: those that show most of what comes next, of the last frames of all chunks (docs/paths.md)
+    keyframe_choice: str = "latest"
+    known_poses: bool = False  # Pi3X is told where its pictures stand on the path, if its file has the tensors for that
     # the picture's horizontal degrees, or 60,38 with the vertical ones; none: the path file's, Pi3X's, or 55
     fov: tuple[float, ...] | None = None
     unit: str | None = None  # of the path: depth, 0.2depth, same, meter or a number (docs/paths.md); none: the file's
@@ -86,6 +90,7 @@ class Settings(Options):
             ("samples", 1 <= self.samples <= 16, "from 1 to 16"),
             ("geometry_pixels", 1000 <= (self.geometry_pixels or 1000) <= 10**7, "from 1000 to 10000000"),
             ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
+            ("keyframe_choice", self.keyframe_choice in CHOICES, " or ".join(CHOICES)),
             ("fov", self.fov is None or len(self.fov) < 3 and all(1 <= each <= 179 for each in self.fov),
              "degrees from 1 to 179"),
             ("relative", self.relative in RELATIVE, " or ".join(RELATIVE)),
@@ -189,13 +194,16 @@ def check(args: argparse.Namespace, settings: Settings) -> None:
 def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> None:
     """Settings that would do nothing in this run are refused."""
     set_here = {word.partition("=")[0] for word in args.set}
+    alone, keyframes = path and args.image is not None, settings.keyframes or read_index(args.weights).keyframes
     needs = ({name: (path, "a camera path: --poses or --move") for name in
               ("geometry", "keyframes", "fov", "unit", "resample", "samples",
                "geometry_pixels")}
              | {"inverse_depth": (args.depth is not None, "--depth"), "part": (args.list is not None, "--list"),
                 "split": (ranks()[1] > 1, "several processes: torchrun --nproc-per-node N sample.py ..."),
                 "poses_of_clip": (args.video is not None and args.depth is not None, "--video and --depth"),
-                "relative": (path and args.video is not None, "--video and a camera path: --poses or --move")}
+                "relative": (path and args.video is not None, "--video and a camera path: --poses or --move"),
+                "known_poses": (alone and keyframes > 1, "--image, a camera path and keyframes=2 or more"),
+                "keyframe_choice": (alone and keyframes > 2, "--image, a camera path and keyframes=3 or more")}
              | {name: (path or args.warp is not None, "a camera: --poses, --move or --warp") for name in
                 ("align", "drop", "threshold", "warp_noise", "warp_sigma", "warp_band", "warp_fill", "previous",
                  "mask_lag")})
@@ -206,7 +214,7 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
     if settings.compile and ranks()[1] > 1:
         raise ValueError("--set compile=true: not with several processes")
     if args.depth is not None and not is_filmed(args):
-        for name in sorted(set_here & {"geometry", "keyframes"}):
+        for name in sorted(set_here & {"geometry", *OF_PI3X}):
             if not (name == "geometry" and settings.check):
                 raise ValueError(f"--set {name}: Pi3X is not used beside --depth")
 
@@ -253,8 +261,8 @@ def open_pi3x(args: argparse.Namespace, settings: Settings,
     known = args.depth is not None or clip_files(args, settings) is not None
     if file is None or known and not settings.check and not is_filmed(args):
         return None, None
-    often = not known and args.video is None and frames > WINDOW
-    return file, pi3x_source(file, settings.device, weight_files(args.weights / "transformer"), often)
+    often, given = not known and args.video is None and frames > WINDOW, ("poses",) * settings.known_poses
+    return file, pi3x_source(file, settings.device, weight_files(args.weights / "transformer"), often, given)
 
 
 def is_filmed(args: argparse.Namespace) -> bool:
@@ -327,12 +335,14 @@ def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, in
         image = fit_image(picture, size).to(settings.device)
         keyframes = settings.keyframes or read_index(args.weights).keyframes
         K, words = known_lens(picture, path, size, settings.fov)
-        camera = Memory(pi3x, image, size, rendering, keyframes=keyframes, limit=limit, K=K)
+        camera = Memory(pi3x, image, size, rendering, keyframes=keyframes, limit=limit, K=K,
+                        known_poses=settings.known_poses, choice=settings.keyframe_choice)
         camera.unit = choose_unit(settings.unit or path.unit, camera.reference)
         source = f"Pi3X of {file}{words}"
     else:
-        if settings.keyframes is not None:
-            raise ValueError("--set keyframes: there is no Pi3X here")
+        for name in OF_PI3X:
+            if getattr(settings, name) != getattr(Settings, name):
+                raise ValueError(f"--set {name}: there is no Pi3X here")
         image, geometry, unit, source = given_scene(picture, path, args.depth, size, settings.fov,
                                                     settings.inverse_depth, settings.unit, settings.device,
                                                     limit or PIXEL_LIMIT)

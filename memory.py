@@ -6,7 +6,7 @@ aligned with the first estimate and all are splatted into the new views, the lat
 of the keyframes' far pixels.
 Both classes are the state of one rollout, the rest are plain functions. Reproduced: the official pipeline's memory,
 also switched off (`keyframes=1`). Beyond it: a known lens, and zoom (officially target intrinsics are ignored with
-keyframes).
+keyframes); where the keyframes stand, told to Pi3X; and keyframes chosen by what the coming views will see.
 """
 
 import math
@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from files.media import quantize
+from geometry import coverage
 from geometry.camera import hold, normalize, scale_translation
+from geometry.known import Known
 from geometry.pi3x import Pi3X
 from geometry.surface import (
     MIN_CONFIDENCE,
@@ -37,6 +39,9 @@ from geometry.surface import (
 from render import RenderSettings, Samples, Warp, collect, render, render_samples, surface_samples
 
 ATLAS = (384, 768)  # rows from straight up to straight down, columns all around
+CHOICES = ("latest", "covering")  # which keyframes are kept
+AHEAD = [16, 32]  # frames of the coming chunk that the covering ones are chosen for
+NOWHERE = torch.full((4, 4), torch.nan)  # where a camera stands that nobody knows
 
 
 def smooth_focals(geometries: list[Geometry], zooms: list[Tensor] | None = None) -> list[Geometry]:
@@ -227,7 +232,7 @@ class Memory:
 
     def __init__(self, load: Callable[[], Pi3X], image: Tensor, size: tuple[int, int],
                  settings: RenderSettings = RenderSettings(), keyframes: int | None = None, unit: float | None = None,
-                 limit: int | None = None, K: Tensor | None = None):
+                 limit: int | None = None, K: Tensor | None = None, known_poses: bool = False, choice: str = "latest"):
         """Estimates the geometry of `image` [1,3,H,W] in [-1,1]. Warps have the video `size` (H, W).
 
         load: gives the network, whenever it is needed, and may read it anew: nothing here holds on to it.
@@ -236,31 +241,60 @@ class Memory:
         unit: metres in a unit of the poses; officially a tenth of the image's median depth.
         limit: most pixels of a picture that the network sees, as in `estimate`.
         K: of the camera [3,3] at the video size, if it is known; else the network estimates it.
+        known_poses: the network, which must have the tensors for it, is told where the keyframes stand on the path.
+        choice: "covering" keeps the last frame of every chunk, and of them takes the first, the latest and those that
+            cover most of the coming views; needs `keyframes`, at least 3.
         """
         if keyframes is not None and keyframes < 1:
             raise ValueError(f"keyframes {keyframes}: expected at least 1, or None for all")
+        if choice == "covering" and (keyframes is None or keyframes < 3):
+            raise ValueError(f"keyframes {keyframes}: expected at least 3, of which the third covers what it can")
         self.load, self.size, self.settings = load, size, settings
         self.keyframes, self.limit, self.K = keyframes, limit, K
+        self.known_poses, self.covering = known_poses, choice == "covering"
         self.images, self.zooms = [image], [torch.ones(2)]  # zooms: focal lengths over the first picture's
-        self.reference = ensure_valid(self.look()[0])
-        self.unit = 0.1 * median_depth(self.reference) if unit is None else unit
+        self.poses = [NOWHERE]  # of the pictures, on the path and in its unit
+        self.unit = 1.0 if unit is None else unit
+        self.reference = ensure_valid(self.look([0])[0])
+        self.points = [coverage.thin(self.reference, NOWHERE)]  # of the pictures, from where they stand; nan: not known
+        if unit is None:
+            self.unit = 0.1 * median_depth(self.reference)
         self.chunk = 0
-        self.pose: Tensor | None = None  # of the latest picture
-        self.end: Tensor | None = None  # of the last frame of the latest warp
+        self.ends: Tensor | None = None  # of the latest warp: poses of the picture that it begins with, and of its last
         self.end_zoom = torch.ones(2)
 
     @property
     def begun(self) -> bool:
-        return self.end is not None
+        return self.chunk > 0 or self.ends is not None
 
-    def look(self) -> list[Geometry]:
-        """All keyframes, estimated together, with the known camera if there is one."""
-        geometries = estimate(self.load(), self.images, self.limit)
+    def stand(self, chosen: list[int]) -> Known | None:
+        """What the network is told of the chosen keyframes' cameras, if it is told: in the unit of `reference`."""
+        if not self.known_poses:
+            return None
+        c2w = torch.stack([self.poses[index] for index in chosen])
+        there = ~c2w.isnan().any(2).any(1)
+        some = next(iter(c2w[there]), torch.eye(4))  # stands for what is not known, and is masked
+        c2w = scale_translation(c2w.where(there[:, None, None], some), self.unit)
+        return Known(c2w=c2w[None].to(self.images[0].device), has_pose=there[None])
+
+    def look(self, chosen: list[int]) -> list[Geometry]:
+        """The chosen keyframes, estimated together, with the known camera if there is one."""
+        geometries = estimate(self.load(), [self.images[index] for index in chosen], self.limit, self.stand(chosen))
         if self.K is None:
             return geometries
-        Ks = [stretch(zoomed(self.K, 1, zoom[None])[0], self.size, geometry.size)
-              for geometry, zoom in zip(geometries, self.zooms)]
+        Ks = [stretch(zoomed(self.K, 1, self.zooms[index][None])[0], self.size, geometry.size)
+              for geometry, index in zip(geometries, chosen)]
         return [with_lens(geometry, K) for geometry, K in zip(geometries, Ks)]
+
+    def choose(self, begin: Tensor, poses: Tensor, zoom: Tensor | None) -> list[int]:
+        """The keyframes to be estimated for the coming views `poses` [33,4,4]; the latest one stands at `begin`."""
+        if self.keyframes is None or len(self.images) <= self.keyframes:
+            return [*range(len(self.images))]
+        views = scale_translation(torch.stack([begin, *poses[AHEAD]]), self.unit)
+        latest = self.zooms[-1]
+        zooms = torch.stack([latest, *(latest.expand(len(AHEAD), 2) if zoom is None else zoom[AHEAD])])
+        Ks = zoomed(self.reference.K, len(views), zooms)
+        return coverage.choose(torch.stack(self.points), views, Ks, self.reference.size, self.keyframes)
 
     def warp(self, poses: Tensor, zoom: Tensor | None = None) -> Warp:
         """The chunk's views from `poses` [33,4,4], camera-to-world, with focal lengths that are `zoom` [33,2] times the
@@ -270,31 +304,50 @@ class Memory:
         Raises ValueError if the latest picture has no surface.
         """
         poses, zoom = hold(poses), None if zoom is None else hold(zoom)
-        self.end, latest = poses[-1], self.zooms[-1]
+        latest, known = self.zooms[-1], not self.poses[-1].isnan().any()
         self.end_zoom = latest if zoom is None else zoom[-1]
-        if self.pose is not None:
-            poses = torch.cat([self.pose[None], poses])
+        self.ends = torch.stack([self.poses[-1] if known else poses[0], poses[-1]])
+        chosen = self.choose(self.ends[0], poses, zoom)
+        if known:
+            poses = torch.cat([self.ends[:1], poses])
             zoom = None if zoom is None else torch.cat([latest[None], zoom])
         poses = normalize(scale_translation(poses, self.unit), len(poses))
         zoom = None if zoom is None else zoom / latest
-        geometries = [self.reference] if self.chunk == 0 else self.look()
+        geometries = [self.reference] if self.chunk == 0 else self.look(chosen)
         if self.chunk == 0 or self.keyframes == 1:
             alone = ensure_valid(geometries[0])
             intrinsics = None if zoom is None else zoomed(alone.K, len(poses), zoom)
             return render(alone, poses, self.size, self.settings, intrinsics)
-        geometries = smooth_focals(geometries, self.zooms) if self.K is None else geometries
+        zooms = [self.zooms[index] for index in chosen]
+        geometries = smooth_focals(geometries, zooms) if self.K is None else geometries
         geometries = [ensure_valid(geometry) for geometry in align_scale(geometries, self.reference)]
+        self.chart(chosen, geometries)
         return collect(render_keyframes(geometries, poses, self.settings, zoom), self.size)
+
+    def chart(self, chosen: list[int], geometries: list[Geometry]) -> None:
+        """Keep some points of the chosen keyframes, as they are now seen, for later choices."""
+        if self.covering and self.ends is not None:
+            poses = scale_translation(torch.stack([*self.poses[:-1], self.ends[0]]), self.unit)
+            for index, geometry in zip(chosen, geometries):
+                self.points[index] = coverage.thin(geometry, poses[index])
 
     def remember(self, frame: Tensor) -> None:
         """A chunk is decoded: its last `frame` [1,3,H,W] in [-1,1] is the latest keyframe now, rounded to 8 bits. After
-        a chunk without a warp the camera is still where the last warp ended."""
+        a chunk without a warp the camera is still where the last warp ended, and how it came there is not known."""
+        if self.ends is None:
+            latest, self.poses = self.poses[-1], [NOWHERE] * len(self.poses)
+            self.points = [torch.full_like(points, torch.nan) for points in self.points]
+        else:
+            self.poses[-1], latest = self.ends
+        self.poses.append(latest)
         self.images.append(quantize(frame.to(self.images[0].device)))
         self.zooms.append(self.end_zoom)
-        if self.keyframes is not None and len(self.images) > self.keyframes:
+        self.points.append(torch.full_like(self.points[0], torch.nan))
+        if self.keyframes is not None and len(self.images) > self.keyframes and not self.covering:
             oldest = min(1, self.keyframes - 1)  # but the first, which goes if only one may stay
-            del self.images[oldest], self.zooms[oldest]
-        self.pose = self.end
+            for kept in (self.images, self.zooms, self.poses, self.points):
+                del kept[oldest]
+        self.ends = None
         self.chunk += 1
 
     def state(self) -> dict[str, Tensor]:
@@ -302,8 +355,9 @@ class Memory:
         reference = {f"reference.{name}": value for name, value in vars(self.reference).items()}
         images = {f"image.{index}": image for index, image in enumerate(self.images)}
         numbers = {"unit": torch.tensor(self.unit, dtype=torch.float64), "chunk": torch.tensor(self.chunk)}
-        poses = {name: pose for name, pose in (("pose", self.pose), ("end", self.end)) if pose is not None}
-        return reference | images | numbers | poses | {"zooms": torch.stack([*self.zooms, self.end_zoom])}
+        kept = {"zooms": torch.stack([*self.zooms, self.end_zoom]), "poses": torch.stack(self.poses),
+                "points": torch.stack(self.points)}
+        return reference | images | numbers | kept | ({} if self.ends is None else {"ends": self.ends})
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """Go on from a `state`; the next warps are equal to those of the Memory that it was."""
@@ -312,6 +366,6 @@ class Memory:
                                      for name, value in vars(self.reference).items()})
         count = sum(key.startswith("image.") for key in state)
         self.images = [state[f"image.{index}"].to(device) for index in range(count)]
-        self.unit, self.chunk = state["unit"].item(), int(state["chunk"])
-        self.pose, self.end = state.get("pose"), state.get("end")
-        *self.zooms, self.end_zoom = state.get("zooms", torch.ones(count + 1, 2)).unbind()
+        self.unit, self.chunk, self.ends = state["unit"].item(), int(state["chunk"]), state.get("ends")
+        self.poses, self.points = [*state["poses"]], [*state["points"]]
+        *self.zooms, self.end_zoom = state["zooms"].unbind()

@@ -14,6 +14,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from files.media import fit_image, kept_share, to_u8
+from geometry.known import Known
 from geometry.pi3x import Pi3X
 
 PATCH, PIXEL_LIMIT = 14, 255_000  # geometry maps have the input size of Pi3X
@@ -223,8 +224,10 @@ def place(picture: Image, depth: Tensor | None, lens: float | Lens, size: tuple[
 
 
 @torch.no_grad()
-def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None) -> list[Geometry]:
-    """One joint run over `images`, each [1,3,H,W] in [-1,1] -> a geometry each, in one world, on the network's device.
+def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None,
+             known: Known | None = None) -> list[Geometry]:
+    """One joint run over `images`, each [1,3,H,W] in [-1,1], of which the network may be told what is `known` -> a
+    geometry each, in one world, on the network's device.
 
     The maps have at most `limit` pixels (None: the official number) and the aspect of the latest image. Without a given
     limit a small network sees fewer, and its maps are enlarged: on coarse ones every floor is a depth edge. `valid` may
@@ -239,7 +242,7 @@ def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None) -> l
     size = seen = geometry_size(height, width, PIXEL_LIMIT if limit is None else limit)
     if limit is None and network.config.pixels < PIXEL_LIMIT:
         size, seen = map_size(height, width), geometry_size(height, width, network.config.pixels)
-    prediction = network(show(seen)[None])
+    prediction = network(show(seen)[None], known)
     if not all(x.isfinite().any() for x in (prediction.points, prediction.confidence, prediction.c2w)):
         raise ValueError("Pi3X: its geometry is not finite; are its weights damaged?")
     colors = rearrange(to_u8(show(size)), "n c h w -> n h w c")

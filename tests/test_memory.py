@@ -312,7 +312,7 @@ def test_a_small_network_sees_fewer_pixels(network, rollout):
     """No more than its position embedding has places for, but its maps are as large as ever; a given limit counts."""
     seen = []
 
-    def watch(images):
+    def watch(images, known):
         seen.append(tuple(images.shape[-2:]))
         raise InterruptedError
 
@@ -380,7 +380,7 @@ def test_the_fallback_follows_the_alignment(network, rollout, monkeypatch):
     camera, rendered = start(network, rollout), []
     camera.remember(camera.images[0])
 
-    def none_valid(network, images, limit):
+    def none_valid(network, images, limit, known=None):
         return [replace(each, valid=torch.zeros_like(each.valid), depth=each.depth * 2)
                 for each in estimate(network, images, limit)]
 
@@ -430,7 +430,7 @@ def test_zoom_through_the_network(monkeypatch, keyframes, K):
     _, plane = surface.place(media.load_image(DATA / "plaza.png"), None, 60, size)
     seen, real = [], render.render_samples
 
-    def estimated(network, images, limit):
+    def estimated(network, images, limit, known):
         return [replace(plane, c2w=torch.eye(4)) for _ in images]
 
     def spy(samples, source, poses, settings, intrinsics, *rest):

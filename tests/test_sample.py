@@ -13,8 +13,9 @@ import pytest
 import torch
 from goldens import DISTILLED, HELIOS, check
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sampling import LED, PI3X, SIZE, WEIGHTS, read, sample
+from told import small_pi3x
 
 from files.output import Output
 from geometry.pi3x import load_pi3x
@@ -144,12 +145,12 @@ def test_the_check_of_a_short_video_has_no_camera(place):
 
 
 def test_keyframes_are_the_weights_own(place, monkeypatch):
-    """8, or what model_index.json says, or what the user says."""
+    """8, or what model_index.json says, or what the user says; told where they stand, and chosen, as the user says."""
     weights, seen = place / "weights", []
     shutil.copytree(DISTILLED, weights)
 
-    def remember(*arguments, keyframes, **options):
-        seen.append(keyframes)
+    def remember(load, *arguments, keyframes, known_poses, choice, **options):
+        seen.append((keyframes, load().config.given, known_poses, choice))
         raise ValueError("enough")
 
     monkeypatch.setattr("job.Memory", remember)
@@ -158,7 +159,10 @@ def test_keyframes_are_the_weights_own(place, monkeypatch):
     index = weights / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"keyframes": 3}))
     assert sample(*words, weights=weights) == sample(*words, "--set", "keyframes=2", weights=weights) == 2
-    assert seen == [8, 3, 2]
+    assert seen == [(count, (), False, "latest") for count in (8, 3, 2)]
+    save_file(small_pi3x().state_dict(), "told.safetensors")
+    told = ["geometry=told.safetensors", "known_poses=true", "keyframe_choice=covering"]
+    assert sample(*LED, "--set", *told, weights=weights) == 2 and seen[-1] == (3, ("poses",), True, "covering")
 
 
 @pytest.mark.parametrize("free, kept", [(2**60, True), (0, False)])

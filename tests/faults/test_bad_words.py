@@ -69,6 +69,7 @@ SETTINGS = {  # program, setting -> bad values
     ("sample", "guidance"): ["-1", "1001", "nan", "x", "inf"], ("sample", "threshold"): SHARE, ("sample", "align"): ["yes", "1", "True", ""],
     ("sample", "zero_steps"): ["-1", "x", "1.5"], ("sample", "warp_sigma"): ["0.2,0.1", "0.1", "x,y", "-1,0", "0,2", "0,nan"],
     ("sample", "previous"): ["-1,2,3", "1,2", "x", "1,2,3,4"], ("sample", "keyframes"): WHOLE[:4] + ["3"],
+    ("sample", "keyframe_choice"): ["covering", "best", ""], ("sample", "known_poses"): ["true", "1"],
     ("sample", "fov"): ["0", "180", "nan", "wide"], ("sample", "latents"): ["x", "x.txt", "no/such/x.safetensors", "image.png", ""],
     ("sample", "device"): ["tpu", "cuda:77", ""], ("sample", "preset"): ["fast", ""], ("sample", "samples"): ["0", "-1", "1000", "x"],
     ("sample", "unit"): ["mile", "-1", "nan", ""], ("sample", "warp_fill"): ["white"], ("sample", "warp_band"): ["long", "far"],

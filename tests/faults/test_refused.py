@@ -47,6 +47,13 @@ def poses_with(change) -> None:
     (LED + ["--set", "geometry=none.safetensors"], ["none.safetensors"]),
     (LED + ["--set", f"geometry={LORA}"], ["lora_prefix", "missing"]),
     (LED + PI3X + ["--set", "keyframes=0"], ["keyframes"]),
+    (LED + PI3X + ["--set", "known_poses=true"], ["pi3x_weights", "no pose_inject_blk.* tensors", "cannot be told poses"]),
+    (LED + PI3X + ["--set", "known_poses=true", "keyframes=1"], ["--set known_poses", "keyframes=2 or more"]),
+    (LED + PI3X + ["--set", "keyframe_choice=covering", "keyframes=2"], ["--set keyframe_choice", "keyframes=3 or more"]),
+    (LED + PI3X + ["--set", "keyframe_choice=nearest"], ["keyframe_choice", "latest or covering"]),
+    (LED + ["--set", "known_poses=true"], ["--set known_poses: there is no Pi3X here"]),
+    (LED + ["--set", "keyframe_choice=covering", "--depth", "depth.npy"], ["--set keyframe_choice: Pi3X is not used"]),
+    (["--video", "warp.npy", "--move", "hold", "--set", "known_poses=true"], ["--set known_poses: needs --image"]),
     (["--image", "image.png", "--poses", "mask.npy"], ["mask.npy", "expected [T,4,4]"]),
     (LED + ["--set", "device=cuda:77"], ["cuda:77"]),
 ])

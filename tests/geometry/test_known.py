@@ -6,35 +6,18 @@ import pytest
 import torch
 from goldens import GEOMETRY, check, prefixed, tensors
 from safetensors.torch import save_file
+from told import CONFIG, small_pi3x
 
 from geometry.known import Known
-from geometry.pi3x import CONDITIONS, Branch, Pi3X, Pi3XConfig, load_pi3x
+from geometry.pi3x import Pi3X, load_pi3x
 
-SMALL = Branch(64, 5, 256, 64)
-CONFIG = Pi3XConfig(dim=64, grid=5, registers=2, encoder_blocks=1, encoder_hidden=128, decoder_blocks=10,
-                    decoder_hidden=128, point=SMALL, conf=SMALL, camera=SMALL, metric=SMALL,
-                    point_head=((32, 1),) * 3, conf_head=((32, 1),) * 3, given=tuple(CONDITIONS), pose_blocks=2)
 GOLDEN = tensors(GEOMETRY / "pi3x_known.safetensors")
 CASES = sorted({key.split("/")[0] for key in GOLDEN if "/out/" in key})
 
 
-def drawn(shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Weights of a seed, as they were when the numbers were recorded: in the order of their names."""
-    generator, state = torch.Generator().manual_seed(0), {}
-    for name in sorted(shapes):
-        noise = torch.randn(shapes[name], generator=generator)
-        scale = 0.3 if noise.ndim > 1 and "token" not in name else 0.1
-        state[name] = noise * scale / max(1, noise[0].numel() / 8 if noise.ndim > 1 else 1) ** 0.5
-        if "gamma" in name or "norm" in name and name.endswith("weight"):
-            state[name] += 1
-    return state | {"image_mean": torch.full((1, 3, 1, 1), 0.45), "image_std": torch.full((1, 3, 1, 1), 0.25)}
-
-
 @pytest.fixture(scope="module")
 def network() -> Pi3X:
-    network = Pi3X(CONFIG).requires_grad_(False)
-    network.load_state_dict(drawn({name: tensor.shape for name, tensor in network.state_dict().items()}))
-    return network
+    return small_pi3x()
 
 
 def known_of(case: str) -> Known:
