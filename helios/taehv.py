@@ -7,7 +7,6 @@ frame, depth first, as in vae.py: a block that looks back keeps its last input, 
 """
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from files.checkpoint import Network, build_from, few
 from helios.lora import read_tensors
-from helios.vae import Cache, Layer, through, to_frame
+from helios.vae import Cache, Frames, Layer, through, to_frame
 
 FACTOR = 4  # frames a latent
 NAMES = "taew2_1.safetensors", "taew2_1.pth"
@@ -91,9 +90,13 @@ def make_decoder(widths: list[int], channels: int) -> nn.Sequential:
 
 def with_cache(layer: nn.Module) -> Layer:
     """A layer as `through` calls it; most know of no cache."""
-    if isinstance(layer, (MemoryBlock, TimePool, TimeGrow)):
-        return layer
-    return partial(lambda layer, x, cache: layer(x), layer)
+    looks_back = isinstance(layer, (MemoryBlock, TimePool, TimeGrow))
+
+    def call(frames: Frames, cache: Cache) -> Frames:
+        made = (layer(x, cache) if looks_back else layer(x) for x in frames)
+        return [y[None] for each in made for y in each]
+
+    return call
 
 
 class TAEHV(Network):
@@ -116,7 +119,7 @@ class TAEHV(Network):
             raise ValueError(f"TAEHV.encode: video is {shape}, expected [1, 3, F, H, W], H and W multiples of 8")
         padded = torch.cat([video[:, :, :1].expand(-1, -1, FACTOR - 1, -1, -1), video], dim=2)
         frames = (to_frame(frame) / 2 + 0.5 for frame in padded.split(1, dim=2))
-        latents = torch.stack(list(through(map(with_cache, self.encoder), frames)), dim=2)
+        latents = torch.stack(list(through(map(with_cache, self.encoder), frames, 1)), dim=2)
         return latents, torch.zeros_like(latents)
 
     def decode_stream(self, latents: Tensor) -> Iterator[Tensor]:
@@ -124,7 +127,7 @@ class TAEHV(Network):
         shape = list(latents.shape)
         if len(shape) != 5 or shape[:2] != [1, self.channels] or shape[2] < 1:
             raise ValueError(f"TAEHV.decode: latents are {shape}, expected [1, {self.channels}, frames, height, width]")
-        frames = through(map(with_cache, self.decoder), map(to_frame, latents.split(1, dim=2)))
+        frames = through(map(with_cache, self.decoder), map(to_frame, latents.split(1, dim=2)), 1)
         for index, frame in enumerate(frames):
             if index >= FACTOR - 1:
                 yield frame.clamp(0, 1)[:, :, None] * 2 - 1

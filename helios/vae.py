@@ -1,18 +1,19 @@
 """Wan 2.1 causal video VAE: pixels <-> latents, 8x smaller in space and 4x in time (`vae/` of a checkpoint).
 
 Frame 0 stands alone and every latent frame after it holds four pixel frames, so 1 + 4k frames <-> 1 + k latent
-frames. Time convolutions only look back, so a video goes through frame by frame, depth first: a frame passes all layers
-before the next one enters, and all that is kept is the last inputs of each time convolution. Memory does not grow with
-the length and is half of what the official groups of four frames take; no frame is padded, joined or copied.
+frames. Time convolutions only look back, so a video goes through depth first: frame 0 and then every pair of frames
+passes all layers before the next one enters, and all that is kept is the last inputs of each time convolution. Memory
+does not grow with the length and is less than the official groups of four frames take; no frame is padded or copied.
 Reproduces diffusers' AutoencoderKLWan as Helios uses it, under the checkpoint's own parameter names.
 Inside, a frame is a picture `[1, C, H, W]` in channels_last: per-frame layers are plain 2D layers and a 3D convolution
-is the sum of a 2D one per time tap, much faster than conv3d on a CPU.
+is a sum of 2D ones, much faster than conv3d on a CPU. Two sums take less arithmetic than the layers' definitions say:
+three time taps at a pair of frames, and a convolution of an enlarged picture.
 Left out: tiling, slicing, per-level attention and the residual variant of Wan 2.2.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 
 import torch
 import torch.nn as nn
@@ -23,7 +24,9 @@ from torch import Tensor
 from files.checkpoint import Layers, Network
 from files.machine import send
 
-Cache = dict[nn.Module, list[Tensor]]  # of one encode or decode: layer -> its last input frames
+Frames = list[Tensor]  # each [1, C, H, W]
+Cache = dict[nn.Module, Frames]  # of one encode or decode: layer -> its last input frames
+Layer = Callable[[Frames, Cache], Frames]  # one or two frames -> none to four
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,32 @@ class TimeConv(nn.Conv3d):
     def __init__(self, dim_in: int, dim_out: int, taps: int, size: int):
         super().__init__(dim_in, dim_out, (taps, size, size), padding=(0, size // 2, size // 2))
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # [1, C, H, W] -> [1, C', H, W]
-        frames = [*cache.get(self, ()), x]
-        cache[self] = frames[1 - self.kernel_size[0] :]
-        return self.combine(frames)
+    def forward(self, frames: Frames, cache: Cache) -> Frames:
+        seen = [*cache.get(self, ()), *frames]
+        cache[self] = seen[1 - self.kernel_size[0] :]
+        if len(seen) == 4:
+            return self.pair(*seen)
+        return [self.combine(seen[:end]) for end in range(len(seen) - len(frames) + 1, len(seen) + 1)]
 
-    def combine(self, frames: list[Tensor]) -> Tensor:
-        """The output at the last of these frames; before the first one lie zeros."""
+    def flat(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=self.padding[1:])
+
+    def combine(self, frames: Frames) -> Tensor:
+        """The output at the last of these frames, at most three; before the first one lie zeros."""
         *earlier, last = self.weight.unbind(2)[-len(frames) :]
-        y = F.conv2d(frames[-1], last, self.bias, padding=self.padding[1:])
+        y = self.flat(frames[-1], last, self.bias)
         for frame, tap in zip(frames, earlier):
-            y += F.conv2d(frame, tap, padding=self.padding[1:])
+            y += self.flat(frame, tap)
         return y
+
+    def pair(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Frames:
+        """The outputs at c and d, by four 2D convolutions instead of six (Winograd's F(2, 3))."""
+        first, middle, last = self.weight.unbind(2)
+        total = self.flat(b + c, (first + middle + last) / 2, self.bias)
+        change = self.flat(c - b, (first - middle + last) / 2)
+        at_c = self.flat(a - c, first).add_(total).add_(change)
+        at_d = total.sub_(change).add_(self.flat(d - b, last))
+        return [at_c, at_d]
 
 
 class PointConv(nn.Conv3d):
@@ -92,15 +109,18 @@ class PointConv(nn.Conv3d):
 
 
 class RMSNorm(nn.Module):
-    """x / |x| * sqrt(C) * gamma over a pixel's channels; eps, like the official max(|x|, 1e-12), only keeps 0 at 0."""
+    """x / |x| * sqrt(C) * gamma over a pixel's channels."""
 
     def __init__(self, dim: int, trailing: int):
         super().__init__()
         self.gamma = nn.Parameter(torch.ones(dim, *(1,) * trailing))  # the checkpoint has 3 or 2 trailing ones
 
     def forward(self, x: Tensor) -> Tensor:
-        dim = x.shape[1]
-        return F.rms_norm(x.movedim(1, -1), (dim,), self.gamma.flatten(), 1e-24 / dim).movedim(-1, 1)
+        return F.normalize(x, dim=1).mul_(self.gamma.view(-1, 1, 1) * x.shape[1] ** 0.5)
+
+
+def activate(norm: RMSNorm, frames: Frames) -> Frames:
+    return [F.silu(norm(x), inplace=True) for x in frames]
 
 
 class ResidualBlock(nn.Module):
@@ -112,11 +132,9 @@ class ResidualBlock(nn.Module):
         self.conv2 = TimeConv(dim_out, dim_out, 3, 3)
         self.conv_shortcut = PointConv(dim_in, dim_out) if dim_in != dim_out else nn.Identity()
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)), cache)
-        h = self.conv2(F.silu(self.norm2(h)), cache)
-        h += self.conv_shortcut(x)
-        return h
+    def forward(self, frames: Frames, cache: Cache) -> Frames:
+        h = activate(self.norm2, self.conv1(activate(self.norm1, frames), cache))
+        return [y.add_(self.conv_shortcut(x)) for x, y in zip(frames, self.conv2(h, cache))]
 
 
 class Attention(nn.Module):
@@ -140,9 +158,9 @@ class MidBlock(nn.Module):
         self.resnets = Layers[ResidualBlock]([ResidualBlock(dim, dim), ResidualBlock(dim, dim)])
         self.attentions = Layers[Attention]([Attention(dim)])
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:
-        x = self.attentions[0](self.resnets[0](x, cache))
-        return self.resnets[1](x, cache)
+    def forward(self, frames: Frames, cache: Cache) -> Frames:
+        frames = list(map(self.attentions[0], self.resnets[0](frames, cache)))
+        return self.resnets[1](frames, cache)
 
 
 class Downsample(nn.Module):
@@ -153,54 +171,65 @@ class Downsample(nn.Module):
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
         self.time_conv = TimeConv(dim, dim, 3, 1) if time else None  # with a stride of 2
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # -> [1 or 0, C, H/2, W/2]
-        x = self.resample(x)
+    def forward(self, frames: Frames, cache: Cache) -> Frames:
+        frames = [self.resample(x) for x in frames]
         if self.time_conv is None:
-            return x
-        frames = cache.setdefault(self, [])
-        frames.append(x)
-        if len(frames) == 1:  # frame 0 passes by, but is seen by the next window
-            return x
-        if len(frames) == 2:
-            return x[:0]
-        cache[self] = frames[-1:]
-        return self.time_conv.combine(frames)
+            return frames
+        seen = [*cache.get(self, ()), *frames]
+        cache[self] = seen[-1:]
+        if len(seen) == 3:
+            return [self.time_conv.combine(seen)]
+        return frames if len(seen) == 1 else []  # frame 0 passes by, but is seen by the next; a last one alone goes
+
+
+class EnlargingConv(nn.Conv2d):
+    """A 3x3 convolution of a picture enlarged to twice its size by nearest neighbours. As these are copies, each of its
+    pixels sees 2x2 different ones: it is a transposed convolution of the small picture, with 4/9 of the work."""
+
+    def __init__(self, dim_in: int, dim_out: int):
+        super().__init__(dim_in, dim_out, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = F.avg_pool2d(self.weight.flip(2, 3), 2, 1, padding=1, divisor_override=1)  # sums of 2x2: [C', C, 4, 4]
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
 
 
 class Upsample(nn.Module):
-    """Doubles space and halves the channels; with `time` first doubles time: frame 0 stays, then one becomes two.
-
-    Officially the pictures are upsampled in fp32; nearest neighbours are only copied, so any dtype gives the same.
-    """
+    """Doubles space and halves the channels; with `time` first doubles time: frame 0 stays, then one becomes two."""
 
     def __init__(self, dim: int, time: bool):
         super().__init__()
-        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(dim, dim // 2, 3, padding=1))
+        self.resample = nn.Sequential(nn.Identity(), EnlargingConv(dim, dim // 2))  # numbered as in the checkpoint
         self.time_conv = TimeConv(dim, 2 * dim, 3, 1) if time else None
 
-    def forward(self, x: Tensor, cache: Cache) -> Tensor:  # -> [1 or 2, C/2, 2 H, 2 W]
+    def forward(self, frames: Frames, cache: Cache) -> Frames:
         if self.time_conv is None:
-            return self.resample(x)
+            return [self.resample(x) for x in frames]
         if self.time_conv not in cache:  # frame 0 passes by; kept for parity: the next frames see zeros in its place
             cache[self.time_conv] = []
-            return self.resample(x)
-        return self.resample(rearrange(self.time_conv(x, cache), "1 (two c) h w -> two c h w", two=2))
+            return [self.resample(x) for x in frames]
+        doubled = [half for x in self.time_conv(frames, cache) for half in x.chunk(2, dim=1)]
+        return [self.resample(x.contiguous(memory_format=torch.channels_last)) for x in doubled]
 
 
-Layer = Callable[[Tensor, Cache], Tensor]  # [1, C, H, W] -> [frames, C', H', W'], 0 to 2 frames
+def grouped(frames: Iterable[Tensor], together: int) -> Iterator[Frames]:
+    """The first frame, and then so many at a time."""
+    frames = iter(frames)
+    group = list(islice(frames, 1))
+    while group:
+        yield [group.pop(0) for _ in range(len(group))]  # nothing is held here while the layers behind are at work
+        group = list(islice(frames, together))
 
 
-def through(layers: Iterable[Layer], frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Frames `[1, C, H, W]` one by one through all layers; what comes out, one by one as well, as soon as it is
-    known."""
+def through(layers: Iterable[Layer], frames: Iterable[Tensor], together: int = 2) -> Iterator[Tensor]:
+    """Frames `[1, C, H, W]` through all layers, the first one and then so many `together`; what comes out, one by one,
+    as soon as it is known."""
     cache: Cache = {}
 
     def step(layer: Layer, frames: Iterable[Tensor]) -> Iterator[Tensor]:
-        for y in map(lambda frame: layer(frame, cache), frames):
-            made = list(y.split(1)) if len(y) else []
-            del y  # nothing is held here while the layers behind are at work
+        for made in map(lambda group: layer(group, cache), grouped(frames, together)):
             while made:
-                yield made.pop(0)
+                yield made.pop(0)  # as above
 
     for layer in layers:
         frames = step(layer, frames)
@@ -225,8 +254,8 @@ class Encoder(nn.Module):
     def forward(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:  # [1, 3, H, W] -> [1, 2 * z_dim, H/8, W/8]
         return through((self.conv_in, *self.down_blocks, self.mid_block, self.head), frames)
 
-    def head(self, x: Tensor, cache: Cache) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(x)), cache)
+    def head(self, frames: Frames, cache: Cache) -> Frames:
+        return self.conv_out(activate(self.norm_out, frames), cache)
 
 
 class DecoderLevel(nn.Module):
@@ -260,8 +289,8 @@ class Decoder(nn.Module):
     def forward(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:  # [1, z_dim, h, w] -> [1, 3, 8h, 8w]
         return through((self.conv_in, self.mid_block, *chain(*self.up_blocks), self.head), latents)
 
-    def head(self, x: Tensor, cache: Cache) -> Tensor:
-        return self.conv_out(F.silu(self.norm_out(x)), cache)
+    def head(self, frames: Frames, cache: Cache) -> Frames:
+        return self.conv_out(activate(self.norm_out, frames), cache)
 
 
 class VAE(Network):
