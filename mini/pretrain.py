@@ -34,6 +34,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from files.machine import choose_products
 from geometry.camera import WINDOW
 from helios.flow import Schedule, training_item
 from helios.text import Tokenizer, UMT5Config, UMT5Encoder, encode_prompt
@@ -127,6 +128,7 @@ def fit(network: M, accumulate: Callable[[M, int, int], float], validate: Callab
         path: Path) -> None:
     """Train `network`, whose weights are initialised: `accumulate(network, step, rank)` adds a step's gradients and
     returns its loss, `validate` measures the averaged weights. State and log go to `path`."""
+    choose_products()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("gloo")

@@ -149,6 +149,19 @@ def test_fit_goes_on_where_it_stopped(tmp_path):
     assert [{**line, "seconds": 0} for line in log] == [{**line, "seconds": 0} for line in other] and len(log) == 4
 
 
+def test_training_chooses_its_products(tmp_path, monkeypatch):
+    """As all programs do, though these have a start of their own: before the first step."""
+    chosen = []
+    monkeypatch.setattr("mini.pretrain.choose_products", lambda: chosen.append("products"))
+
+    def accumulate(network, step, rank):
+        chosen.append("step")
+        return network(torch.ones(1, 2)).sum().item()
+
+    fit(nn.Linear(2, 1), accumulate, lambda averaged: {}, Recipe(1, 1), tmp_path / "a.safetensors")
+    assert chosen == ["products", "step"]
+
+
 @pytest.fixture(scope="module")
 def exported(folder):
     torch.manual_seed(0)
