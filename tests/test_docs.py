@@ -20,7 +20,7 @@ from files.settings import parse_settings, setting_names
 
 PAGES = [*PAGES, ROOT / "weights/README.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = "sample", "train", "view", "render", "bench", "evaluate", "mini.gallery", "mini.geometry", "mini.pretrain", "mini.reshoot", "mini.world"
+PROGRAMS = "sample", "train", "view", "render", "bench", "evaluate", "mini.gallery", "mini.geometry", "mini.pretrain", "mini.reshoot", "mini.walk", "mini.world"
 SETTINGS = {"sample": job.Settings(), "evaluate": job.Settings(), "train": train.Recipe()}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
