@@ -380,14 +380,11 @@ class Pi3X(Network):
             x = x if placing is None else self.inject(x, index, count, placing)
         return torch.cat([before, x], dim=-1)
 
-    def forward(self, images: Tensor, known: Known | None = None) -> Prediction:
-        """Pictures [B, N, 3, H, W] in [0, 1], and what is known of them; ValueError unless H and W are multiples of the
-        patch size (14)."""
-        shape, patch = list(images.shape), self.config.patch
-        if len(shape) != 5 or shape[2] != 3 or 0 in shape or shape[3] % patch or shape[4] % patch:
-            raise ValueError(f"Pi3X: images are {shape}, expected [B, N, 3, H, W], H and W multiples of {patch}")
-        count, _, height, width = shape[1:]
-        rows, columns = (torch.arange(1, size // patch + 1, device=images.device) for size in (height, width))
+    def branches(self, images: Tensor, known: Known | None = None) -> tuple[Tensor, ...]:
+        """What the heads read, of B * N pictures: the points' and the confidence's features [F, 1, C, H/14, W/14], the
+        camera's nine numbers [F, 9] and place [F, 3]; and the log of the metric scale [B, 1, 1]."""
+        count, patch = images.shape[1], self.config.patch
+        rows, columns = (torch.arange(1, size // patch + 1, device=images.device) for size in images.shape[3:])
         positions = F.pad(torch.cartesian_prod(rows, columns), (0, 0, self.config.specials, 0))  # specials at (0, 0)
         rope = rope_table(positions, self.decoder[0].attn.qkv.weight.dtype)
         rope_all = rope.repeat(1, count, 1, 1)
@@ -399,13 +396,22 @@ class Pi3X(Network):
         tokens = self.decode(patches, count, rope, rope_all, placing)
         decoders = self.point_decoder, self.conf_decoder, self.camera_decoder
         point, conf, camera = (decoder(tokens, rope)[:, self.config.specials :].float() for decoder in decoders)
-        point, conf = (rearrange(x, "f (h w) c -> f 1 c h w", h=height // patch) for x in (point, conf))
-        xy, log_z = torch.cat([self.point_head(x, height, width) for x in point]).split([2, 1], dim=-1)
-        confidence = torch.cat([self.conf_head(x, height, width) for x in conf])  # one by one: bounded memory
-        nine, translation = self.camera_head(camera)
+        point, conf = (rearrange(x, "f (h w) c -> f 1 c h w", h=len(rows)) for x in (point, conf))
         query = self.metric_token.expand(len(images), -1, -1)
         metric = self.metric_decoder(query, rearrange(tokens, "(b n) s d -> b (n s) d", n=count), rope_all)
-        metric = self.metric_head(metric.float()).exp()[..., None]  # [B, 1, 1, 1]
+        return point, conf, *self.camera_head(camera), self.metric_head(metric.float())
+
+    def forward(self, images: Tensor, known: Known | None = None) -> Prediction:
+        """Pictures [B, N, 3, H, W] in [0, 1], and what is known of them; ValueError unless H and W are multiples of the
+        patch size (14)."""
+        shape, patch = list(images.shape), self.config.patch
+        if len(shape) != 5 or shape[2] != 3 or 0 in shape or shape[3] % patch or shape[4] % patch:
+            raise ValueError(f"Pi3X: images are {shape}, expected [B, N, 3, H, W], H and W multiples of {patch}")
+        count, _, height, width = shape[1:]
+        point, conf, nine, translation, log_metric = self.branches(images, known)
+        xy, log_z = torch.cat([self.point_head(x, height, width) for x in point]).split([2, 1], dim=-1)
+        confidence = torch.cat([self.conf_head(x, height, width) for x in conf])  # one by one: bounded memory
+        metric = log_metric.exp()[..., None]  # [B, 1, 1, 1]
 
         z = log_z.clamp_max(15).exp()
         local, rays = torch.cat([xy * z, z], dim=-1), F.normalize(F.pad(xy, (0, 1), value=1.0), dim=-1)

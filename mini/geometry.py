@@ -4,10 +4,11 @@
     python -m mini.geometry export                  # weights/mini/Pi3X/model.safetensors
     python -m mini.geometry evaluate                # these on 40 held-out scenes, as a table
 
-The network is that of pi3x.py and sees pictures as `surface.estimate` shows them. Losses after Pi3 (arXiv 2507.13347),
-on what the renderer reads: depth in the network's unit, which is to be a set's median depth, and this in meters (the
-metric branch); rays, which give the focal lengths; relative poses; confidence, low in the sky, so that the renderer
-drops it. Left out: Pi3's alignment of scale, as it is known here, and its loss on normals; `edges` is in its place.
+That gives depth; how cameras stand to each other is learned afterwards (cameras.py). The network is that of pi3x.py
+and sees pictures as `surface.estimate` shows them. Losses after Pi3 (arXiv 2507.13347), on what the renderer reads:
+depth in the network's unit, which is to be a set's median depth, and this in meters (the metric branch); rays, which
+give the focal lengths; relative poses; confidence, low in the sky, so that the renderer drops it. Left out: Pi3's
+alignment of scale, as it is known here, and its loss on normals; `edges` is in its place.
 """
 
 import argparse
@@ -38,8 +39,10 @@ CONFIG = Pi3XConfig(dim=192, grid=9, registers=1, specials=1, encoder_blocks=4, 
 INPUT = surface.geometry_size(*SIZE, CONFIG.pixels)  # what the network sees of a video
 DRAWN = SIZE, SIZE, (SIZE[0] * 5 // 8, SIZE[1] * 5 // 8), INPUT  # generated pictures are blurred, others sharper
 PICTURES = 9  # in a step, at most
+MIRROR = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
 HAZE = 40.0  # meters: what is as far cannot be told from the sky
-WEIGHTS = {"depth": 1.0, "edges": 1.0, "rays": 3.0, "unit": 0.3, "confidence": 0.2, "turn": 20.0, "place": 10.0}
+WEIGHTS = {"depth": 1.0, "edges": 1.0, "rays": 3.0, "unit": 0.3, "confidence": 0.2, "turn": 20.0, "place": 10.0,
+           "hand": 5.0}
 
 
 class Views(NamedTuple):
@@ -56,6 +59,14 @@ def stretched(fov_x: float, size: tuple[int, int]) -> Tensor:
     return surface.stretch(surface.pinhole(fov_x, *SIZE), SIZE, size)
 
 
+def recolored(pictures: Tensor, rng: Random, generator: torch.Generator) -> Tensor:
+    """[N,H,W,3] uint8 -> [N,3,H,W] in [0, 1] in other colours, with another contrast and noise."""
+    images = rearrange(pictures, "n h w c -> n c h w")[:, rng.sample(range(3), 3)] / 255
+    images = (images - 0.5) * rng.uniform(0.7, 1.3) + rng.uniform(0.35, 0.65)
+    images = images + rng.uniform(0, 0.04) * torch.randn(images.shape, generator=generator)
+    return images.clamp(0, 1)
+
+
 def draw_views(seed: int, count: int) -> Views:
     """A set of `count` frames of one random clip; mirrored, recoloured and noisy at random."""
     rng, generator = Random(seed), torch.Generator().manual_seed(seed)
@@ -65,14 +76,10 @@ def draw_views(seed: int, count: int) -> Views:
     pictures, depth = world.render(scene, c2w, K, INPUT, 2 if drawn == INPUT else 1)
     if drawn != INPUT:
         pictures, _ = world.render(scene, c2w, stretched(fov_x, drawn), drawn)
-    images = rearrange(pictures, "n h w c -> n c h w")[:, rng.sample(range(3), 3)] / 255
-    images = (images - 0.5) * rng.uniform(0.7, 1.3) + rng.uniform(0.35, 0.65)
-    images = images + rng.uniform(0, 0.04) * torch.randn(images.shape, generator=generator)
-    images = resize(images.clamp(0, 1), INPUT)
+    images = resize(recolored(pictures, rng, generator), INPUT)
     slopes = surface.unproject(torch.ones(INPUT), K, torch.eye(4))[..., :2]
     if rng.random() < 0.5:  # the slopes are symmetric
-        mirror = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
-        images, depth, c2w = images.flip(-1), depth.flip(-1), mirror @ c2w @ mirror
+        images, depth, c2w = images.flip(-1), depth.flip(-1), MIRROR @ c2w @ MIRROR
     return Views(images[None], depth.where(depth < HAZE, torch.inf)[None], slopes[None, None], c2w[None])
 
 
@@ -80,6 +87,13 @@ def batch(first: int, count: int) -> Views:
     """A step's sets of `count` pictures, of the seeds from `first` on."""
     sets = (draw_views(first + index, count) for index in range(PICTURES // count))
     return Views(*map(torch.cat, zip(*sets)))
+
+
+def scaled(c2w: Tensor, scale: Tensor) -> Tensor:
+    """Cameras [B,N,4,4] with their places times `scale` [B]."""
+    factors = torch.ones(len(c2w), 1, 4, 4)
+    factors[..., :3, 3] = scale[:, None, None]
+    return c2w * factors
 
 
 def seen_from_each(c2w: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +107,15 @@ def unit_rows(nine: Tensor) -> Tensor:
     """Stands for `heads.nearest_rotation` in training: the gradient of an SVD breaks down at a rotation, where the
     singular values are equal. The rows get orthogonal too, for a camera as seen from itself shall be the identity."""
     return F.normalize(nine.unflatten(-1, (3, 3)), dim=-1)
+
+
+def camera_losses(found: Tensor, true: Tensor) -> dict[str, Tensor]:
+    """Of cameras [B,N,4,4], as seen from each other, and of the hand: how cameras stand to each other is the same if
+    all are reflected, but `nearest_rotation` would turn such ones to anywhere."""
+    (found_turn, found_place), (turn, place) = seen_from_each(found), seen_from_each(true)
+    x, y, z = found[..., :3, :3].unbind(-2)
+    return {"turn": (found_turn - turn).abs().mean(), "place": (found_place - place).abs().mean(),
+            "hand": (torch.linalg.cross(x, y) - z).abs().mean()}
 
 
 def losses(prediction: Prediction, views: Views) -> dict[str, Tensor]:
@@ -111,10 +134,7 @@ def losses(prediction: Prediction, views: Views) -> dict[str, Tensor]:
     right = known & (error.detach().abs() < 0.1)
     parts["confidence"] = F.binary_cross_entropy_with_logits(prediction.confidence, right.float())
     if views.images.shape[1] > 1:
-        (found_turn, found_place), (turn, place) = seen_from_each(prediction.c2w), seen_from_each(views.c2w)
-        parts["turn"] = (found_turn - turn).abs().mean()
-        found_place = found_place / prediction.metric[:, None, None, None]
-        parts["place"] = (found_place - place / unit[:, None, None, None]).abs().mean()
+        parts |= camera_losses(scaled(prediction.c2w, 1 / prediction.metric), scaled(views.c2w, 1 / unit))
     return parts
 
 

@@ -87,7 +87,7 @@ def test_the_truth_has_no_loss():
     views = draw_views(1, 3)
     parts = losses(solution(views, median(views)), views)
     assert set(parts) == set(WEIGHTS) and all(part < 2e-4 for part in parts.values()), parts
-    assert set(losses(solution(draw_views(1, 1)), draw_views(1, 1))) == set(WEIGHTS) - {"turn", "place"}
+    assert set(losses(solution(draw_views(1, 1)), draw_views(1, 1))) == set(WEIGHTS) - {"turn", "place", "hand"}
 
 
 def test_each_loss_sees_its_own_mistake():
@@ -117,6 +117,7 @@ def test_each_loss_sees_its_own_mistake():
     assert wrong(c2w=right.c2w @ turn).keys() == {"turn", "place"}
     assert wrong(c2w=right.c2w @ step).keys() == {"place"}
     assert wrong(c2w=turn[1] @ step[1] @ right.c2w) == {}  # so is the world
+    assert wrong(c2w=geometry.MIRROR @ right.c2w).keys() == {"hand"}
     assert wrong(confidence=torch.full_like(right.confidence, 9.0)).keys() == {"confidence"}
 
 
