@@ -5,10 +5,12 @@
     python -m mini.cameras export                   # weights/mini/Pi3X/model.safetensors
     python -m mini.cameras evaluate                 # held-out pairs of pictures, as a table
 
+Unfinished: docs/miniature.md, "The geometry network", says how far it comes, and the shipped weights are not from here.
+
 geometry.py trains on what a step draws itself and spends most of it on drawing and on the maps of every pixel; pairs
-are few, and the network comes to guess that nothing moves. Here pictures are drawn once and used in many sets of 2 to
+are few, and the network comes to guess that nothing moves. Here pictures are drawn once and used in many sets of 1 to
 4, and no map is made: what the heads of the maps read shall stay what it was in the network that training begins with
-(`WEIGHTS`: point, conf, metric), while all between the encoder and these heads learns relative poses.
+(`WEIGHTS`: point, conf, metric), while all before these heads learns relative poses, and where a patch is seen again.
 """
 
 import argparse

@@ -20,7 +20,8 @@ from files.settings import parse_settings, setting_names
 
 PAGES = [*PAGES, ROOT / "weights/README.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = "sample", "train", "view", "render", "bench", "evaluate", "mini.gallery", "mini.geometry", "mini.pretrain", "mini.reshoot", "mini.walk", "mini.world"
+PROGRAMS = ("sample", "train", "view", "render", "bench", "evaluate", "mini.cameras", "mini.gallery", "mini.geometry",
+            "mini.pretrain", "mini.reshoot", "mini.walk", "mini.world")
 SETTINGS = {"sample": job.Settings(), "evaluate": job.Settings(), "train": train.Recipe()}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -89,8 +90,8 @@ def test_commands_parse(page):
 
 @cache
 def option_names() -> set[str]:
-    required = {"train": ["--video", "x"], "render": ["--image", "x", "--move", "hold"], "mini.geometry": ["train"],
-                "mini.pretrain": ["dit"]}
+    required = {"train": ["--video", "x"], "render": ["--image", "x", "--move", "hold"], "mini.cameras": ["train"],
+                "mini.geometry": ["train"], "mini.pretrain": ["dit"]}
     parsers = [parser for program in PROGRAMS for parser in parse(program, required.get(program, []))[0]]
     options = {option for parser in parsers for action in parser._actions for option in action.option_strings}
     return options | {f"--{name}" for settings in SETTINGS.values() for name in setting_names(settings)}
