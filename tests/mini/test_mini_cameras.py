@@ -83,7 +83,7 @@ def test_sets_are_of_one_scene_each(folder, monkeypatch):
     for seed in range(3):
         sets = pick(scenes, seed, 3)
         assert sets.images.shape == (2, 3, 3, *INPUT) and 0 <= sets.images.min() and sets.images.max() <= 1
-        for images, c2w in zip(sets.images, sets.c2w):
+        for images, c2w, seen, _ in zip(*sets):
             likeness = torch.einsum("fnp,vp->vfn", both, images.mean(1).flatten(1)).flatten(1)
             flips, views = likeness.argmax(1).div(len(gray), rounding_mode="floor"), likeness.argmax(1) % len(gray)
             assert len({*flips.tolist()}) == 1 and len({*(views // VIEWS).tolist()}) == 1 and len({*views.tolist()}) == 3
@@ -91,6 +91,7 @@ def test_sets_are_of_one_scene_each(folder, monkeypatch):
             true = MIRROR @ true @ MIRROR if flips[0] else true
             true[:, :3, 3] /= depth[depth.isfinite()].median()
             assert torch.allclose(c2w, true, atol=1e-6)
+            assert torch.allclose(seen, (depth.flip(-1) if flips[0] else depth) / depth[depth.isfinite()].median())
             mirrored.append(int(flips[0]))
         assert torch.equal(pick(scenes, seed, 3).images, sets.images)
     assert 0 < sum(mirrored) < len(mirrored)
@@ -110,6 +111,13 @@ def test_matches(folder, monkeypatch):
     same = Sets(*(x[:, :1].expand(-1, 2, *x.shape[2:]) for x in pairs[:3]), pairs.K)
     eye = torch.eye(found.shape[-1])
     assert torch.allclose(matches(same), eye * matches(same).sum(-1, keepdim=True), atol=1e-4)
+    step = torch.eye(4).repeat(1, 2, 1, 1)  # before a wall, one patch to the right
+    step[0, 1, 0, 3] = 14 * 3 / pairs.K[0, 0, 0]
+    wall = matches(Sets(pairs.images[:1], step, torch.full_like(pairs.depth[:1], 3), pairs.K[:1]))
+    wall = wall.unflatten(-1, (7, 11)).unflatten(-3, (7, 11))  # [1, 2, row, column, other's row, other's column]
+    expected = torch.einsum("ik,jl->ijkl", torch.eye(7), torch.diag(torch.ones(10), -1))  # it moves to the left
+    assert torch.allclose(wall[0, 0], expected, atol=1e-4) and torch.allclose(
+        wall[0, 1], expected.permute(2, 3, 0, 1), atol=1e-4)
     codes = F.normalize(torch.randn(len(eye), 63, generator=torch.Generator().manual_seed(0)), dim=-1).repeat(2, 1)
     side = torch.tensor([1.0, -1.0]).repeat_interleave(len(eye))[:, None]
     q, itself, other = (torch.cat([codes, sign * side], dim=-1)[None, None].expand(len(found), 1, -1, -1) * 30
