@@ -158,7 +158,7 @@ def test_evaluation_of_a_perfect_network(monkeypatch, capsys):
     depth = depth.where(depth < geometry.HAZE, torch.inf)
     views = Views(torch.zeros(1), depth[None], slopes[None, None], torch.eye(4).expand(1, 1, 4, 4))
 
-    def perfect(images):
+    def perfect(images, known=None):
         truth = solution(views)
         return replace(truth, points=scale * truth.local_points, local_points=scale * truth.local_points, c2w=views.c2w)
 
