@@ -76,7 +76,7 @@ def test_what_a_run_leaves(place, capsys):
     assert {scale for _, _, scale in load_lora("run/lora.safetensors").adapters.values()} == {0.5}
 
 
-def test_diffusers_and_peft_load_it(place, transformer):
+def test_diffusers_and_peft_load_it(place):
     """The file in diffusers' LoRA loader, after the official pipeline's prefix, and in PEFT: the same forward."""
     from diffusers.loaders.lora_pipeline import HeliosLoraLoaderMixin
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
@@ -84,6 +84,7 @@ def test_diffusers_and_peft_load_it(place, transformer):
     from test_model import INPUTS as GIVEN
     from test_model import run
 
+    transformer = load(Helios, DISTILLED / "transformer")
     assert train_on("clip.npy", "--out", "run", "--set", "steps=3", "lr=0.1", "scale=0.5") == 0
     plain = run(transformer, "all_bands")
     transformer.set_lora(load_lora("run/lora.safetensors"))
