@@ -425,10 +425,11 @@ def train_in(run: Run, args: argparse.Namespace, job: Job, load: Loader) -> None
     fit(trainer, run, clips, conditions, text_of, draw)
     if trainer.steps > began:
         report(trainer, trainer.steps - began, args.device)
+    print(f"{trainer.steps} steps; wrote", *run.files)
     if trainer.steps < recipe.steps:
         words = [word for word in args.words if word not in ("--resume", "--overwrite")]
-        print("stopped; to go on: python train.py", shlex.join([*words, "--resume"]))
-    print(f"{trainer.steps} steps; wrote", *run.files)
+        print("to go on: python train.py", shlex.join([*words, "--resume"]))
+        raise KeyboardInterrupt
 
 
 def parse(words: list[str]) -> argparse.Namespace:

@@ -139,8 +139,9 @@ def interrupt_at(monkeypatch, count: int, act) -> None:
 def test_ctrl_c_saves(place, capsys, monkeypatch):
     before = signal.getsignal(signal.SIGINT)
     interrupt_at(monkeypatch, 1, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
-    assert train_on("clip.npy", "--out", "run", "--set", "steps=4") == 0
-    assert "stopped; to go on: python train.py --video clip.npy" in capsys.readouterr().out
+    assert train_on("clip.npy", "--out", "run", "--set", "steps=4") == 130
+    said = capsys.readouterr()
+    assert "to go on: python train.py --video clip.npy" in said.out and "stopped, run: step 2 is safe" in said.err
     assert len(metrics("run")) == 2 and read("run/state.safetensors")[1]["step"] == "2"
     assert signal.getsignal(signal.SIGINT) is before
     monkeypatch.undo()

@@ -44,9 +44,11 @@ def test_the_curve(tmp_path, monkeypatch, capsys):
              "--out", str(out), "--set", "steps=3", "rank=4", "draws=1", "warmup=0", "save_every=1", "lr=0.02"]
     monkeypatch.setattr(fewshot.train, "main", partial(count, code=2))
     assert evaluate.main(words) == 2 and "the LoRA of 1 clips was not made" in capsys.readouterr().err
+    monkeypatch.setattr(fewshot.train, "main", partial(count, code=130))  # Ctrl-C: what was learned so far is not it
+    assert evaluate.main(words) == 2 and not list(tmp_path.glob("curve/*-clips.safetensors"))
     monkeypatch.setattr(fewshot.train, "main", count)
     assert evaluate.main(words) == 0
-    assert trained == [(1, False), (1, False), (2, False)]
+    assert trained == [(1, False), (1, False), (1, False), (2, False)]
     rows = json.loads(out.with_suffix(".json").read_text())["rows"]
     assert [*rows] == ["0 clips", "1 clips", "2 clips"]
     found = [row[f"scene-{HELD_OUT + 2000}"]["psnr"] for row in rows.values()]
@@ -54,7 +56,7 @@ def test_the_curve(tmp_path, monkeypatch, capsys):
     assert "difference from 0 clips" in out.read_text() and "steps=3" in out.read_text()
     assert Image.open(out.with_suffix(".png")).size == (640, 360)
     monkeypatch.setattr(judge, "judge", None)
-    assert evaluate.main(words) == 0 and len(trained) == 3
+    assert evaluate.main(words) == 0 and len(trained) == 4
 
 
 @pytest.mark.parametrize("counts", [["1"], ["0", "99"], ["-1", "1"]])

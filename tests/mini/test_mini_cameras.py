@@ -1,14 +1,16 @@
 """How cameras stand to each other: sets of pictures fit together, what may not change is held, pairs are measured."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from test_mini_geometry import TINY
 
 from geometry.camera import inverse
-from geometry.pi3x import Branch, Pi3X, Pi3XConfig, load_pi3x
+from geometry.pi3x import Pi3X, load_pi3x
 from geometry.surface import unproject
 from mini import cameras, geometry, world
 from mini.cameras import (
@@ -31,10 +33,7 @@ from mini.cameras import (
 from mini.geometry import INPUT, MIRROR, camera_losses, export, stretched
 from mini.pretrain import HELD_OUT, Recipe
 
-TINY = Pi3XConfig(dim=64, grid=9, registers=1, specials=1, encoder_blocks=1, encoder_hidden=32, decoder_blocks=4,
-                  decoder_hidden=32, point=Branch(64, 1, 32, 16), conf=Branch(64, 1, 32, 16),
-                  camera=Branch(64, 1, 32, 16), metric=Branch(64, 1, 32, 16),
-                  point_head=((16, 0),), conf_head=((16, 0),))  # fmt: skip
+FOUR = replace(TINY, decoder_blocks=4)  # of which the last sees all pictures, and matches them
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +43,7 @@ def folder(tmp_path_factory):
     draw_scenes(folder / "scenes.safetensors", 3, 4)
     draw_scenes(folder / "held-out.safetensors", HELD_OUT, 4)
     torch.manual_seed(0)
-    network = Pi3X(TINY)
+    network = Pi3X(FOUR)
     torch.nn.init.normal_(network.metric_token)
     save_file(network.state_dict(), folder / "start.safetensors")
     return folder
