@@ -54,10 +54,10 @@ class Settings(Options):
     samples: int = 4  # of the surface, along each side of its quads
     geometry_pixels: int | None = None  # at most, in the maps of a picture's geometry; none: the official 255,000
     geometry: Path | None = None  # Pi3X weights; none: Pi3X/model.safetensors in the weights' folder or beside it
-    # pictures that Pi3X sees at once, the first and the latest; none: 8, or the weights' own
+    # pictures that Pi3X sees at once, of the first one and the last frames of all chunks; none: 8, or the weights' own
     keyframes: int | None = None
-    # or covering: those that show most of what comes next, of the last frames of all chunks (docs/paths.md)
-    keyframe_choice: str = "latest"
+    # if there are more: those that show most of what comes next (docs/paths.md), or the first and the latest
+    keyframe_choice: str = "covering"
     known_poses: bool = False  # Pi3X is told where its pictures stand on the path, if its file has the tensors for that
     # the picture's horizontal degrees, or 60,38 with the vertical ones; none: the path file's, Pi3X's, or 55
     fov: tuple[float, ...] | None = None

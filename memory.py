@@ -1,9 +1,9 @@
 """The camera of a rollout: geometry that is given and stays (`Camera`), or keyframes estimated anew (`Memory`).
 
 The first chunk's warp is the first frame's alone (render.py). Before a later chunk Pi3X sees the first frame and the
-last one of every chunk so far together (or the latest `keyframes`). Their focal lengths are smoothed, the scale is
-aligned with the first estimate and all are splatted into the new views, the latest densely; behind them lies a panorama
-of the keyframes' far pixels.
+last one of every chunk so far together (or as many of them as `keyframes` says). Their focal lengths are smoothed, the
+scale is aligned with the first estimate and all are splatted into the new views, the latest densely; behind them lies a
+panorama of the keyframes' far pixels.
 Both classes are the state of one rollout, the rest are plain functions. Reproduced: the official pipeline's memory,
 also switched off (`keyframes=1`). Beyond it: a known lens, and zoom (officially target intrinsics are ignored with
 keyframes); where the keyframes stand, told to Pi3X; and keyframes chosen by what the coming views will see.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from files.media import quantize
+from files.media import quantize, to_u8
 from geometry import coverage
 from geometry.camera import hold, normalize, scale_translation
 from geometry.known import Known
@@ -232,26 +232,25 @@ class Memory:
 
     def __init__(self, load: Callable[[], Pi3X], image: Tensor, size: tuple[int, int],
                  settings: RenderSettings = RenderSettings(), keyframes: int | None = None, unit: float | None = None,
-                 limit: int | None = None, K: Tensor | None = None, known_poses: bool = False, choice: str = "latest"):
+                 limit: int | None = None, K: Tensor | None = None, known_poses: bool = False,
+                 choice: str = "covering"):
         """Estimates the geometry of `image` [1,3,H,W] in [-1,1]. Warps have the video `size` (H, W).
 
         load: gives the network, whenever it is needed, and may read it anew: nothing here holds on to it.
-        keyframes: how many pictures are estimated together, the first and the latest ones. None is the official memory,
-            which grows with every chunk; 1 is its "off", the latest picture alone, whose scale nothing aligns.
+        keyframes: how many pictures are estimated together. None is the official memory, which grows with every chunk;
+            1 is its "off", the latest picture alone, whose scale nothing aligns.
         unit: metres in a unit of the poses; officially a tenth of the image's median depth.
         limit: most pixels of a picture that the network sees, as in `estimate`.
         K: of the camera [3,3] at the video size, if it is known; else the network estimates it.
         known_poses: the network, which must have the tensors for it, is told where the keyframes stand on the path.
-        choice: "covering" keeps the last frame of every chunk, and of them takes the first, the latest and those that
-            cover most of the coming views; needs `keyframes`, at least 3.
+        choice: which ones, if there are more: the first and the "latest"; or, "covering", the first, the latest and of
+            all others, which are kept, those that cover most of the coming views.
         """
         if keyframes is not None and keyframes < 1:
             raise ValueError(f"keyframes {keyframes}: expected at least 1, or None for all")
-        if choice == "covering" and (keyframes is None or keyframes < 3):
-            raise ValueError(f"keyframes {keyframes}: expected at least 3, of which the third covers what it can")
         self.load, self.size, self.settings = load, size, settings
         self.keyframes, self.limit, self.K = keyframes, limit, K
-        self.known_poses, self.covering = known_poses, choice == "covering"
+        self.known_poses, self.covering = known_poses, choice == "covering" and (keyframes or 0) > 2
         self.images, self.zooms = [image], [torch.ones(2)]  # zooms: focal lengths over the first picture's
         self.poses = [NOWHERE]  # of the pictures, on the path and in its unit
         self.unit = 1.0 if unit is None else unit
@@ -353,7 +352,8 @@ class Memory:
     def state(self) -> dict[str, Tensor]:
         """All that the next chunks depend on."""
         reference = {f"reference.{name}": value for name, value in vars(self.reference).items()}
-        images = {f"image.{index}": image for index, image in enumerate(self.images)}
+        images = {f"image.{index}": to_u8(image / 2 + 0.5) if index else image  # all but the first have 8 bits anyway
+                  for index, image in enumerate(self.images)}
         numbers = {"unit": torch.tensor(self.unit, dtype=torch.float64), "chunk": torch.tensor(self.chunk)}
         kept = {"zooms": torch.stack([*self.zooms, self.end_zoom]), "poses": torch.stack(self.poses),
                 "points": torch.stack(self.points)}
@@ -365,7 +365,8 @@ class Memory:
         self.reference = Geometry(**{name: state[f"reference.{name}"].to(value.device)
                                      for name, value in vars(self.reference).items()})
         count = sum(key.startswith("image.") for key in state)
-        self.images = [state[f"image.{index}"].to(device) for index in range(count)]
+        images = [state[f"image.{index}"].to(device) for index in range(count)]
+        self.images = [image if image.is_floating_point() else image / 255 * 2 - 1 for image in images]
         self.unit, self.chunk, self.ends = state["unit"].item(), int(state["chunk"]), state.get("ends")
         self.poses, self.points = [*state["poses"]], [*state["points"]]
         *self.zooms, self.end_zoom = state["zooms"].unbind()

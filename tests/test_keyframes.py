@@ -187,15 +187,17 @@ def test_looking_round(monkeypatch, plane, choice, kept, last):
 
 
 def test_few_keyframes_are_all_taken(monkeypatch, plane):
-    """As long as there is nothing to choose, both ways give the same warps."""
+    """As long as there is nothing to choose, both ways are the same."""
     looking_round(monkeypatch, plane)
     path = [*move_path("yaw 30, forward 1, yaw 10").split(33)]
     made = [walk(Memory(Mock(), plane[0], SIZE, keyframes=3, choice=choice), plane[0], path)
             for choice in memory.CHOICES]
     assert all(torch.equal(one.frames, other.frames) for one, other in zip(*made))
-    for keyframes in (None, 2):
-        with pytest.raises(ValueError, match=f"keyframes {keyframes}: expected at least 3"):
-            Memory(Mock(), plane[0], SIZE, keyframes=keyframes, choice="covering")
+    for keyframes, kept in ((None, 4), (2, 2), (1, 1)):
+        for choice in memory.CHOICES:
+            camera = Memory(Mock(), plane[0], SIZE, keyframes=keyframes, choice=choice)
+            walk(camera, plane[0], path)
+            assert len(camera.images) == kept
 
 
 @pytest.mark.parametrize("known_poses", [False, True])

@@ -159,10 +159,10 @@ def test_keyframes_are_the_weights_own(place, monkeypatch):
     index = weights / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"keyframes": 3}))
     assert sample(*words, weights=weights) == sample(*words, "--set", "keyframes=2", weights=weights) == 2
-    assert seen == [(count, (), False, "latest") for count in (8, 3, 2)]
+    assert seen == [(count, (), False, "covering") for count in (8, 3, 2)]
     save_file(small_pi3x().state_dict(), "told.safetensors")
-    told = ["geometry=told.safetensors", "known_poses=true", "keyframe_choice=covering"]
-    assert sample(*LED, "--set", *told, weights=weights) == 2 and seen[-1] == (3, ("poses",), True, "covering")
+    told = ["geometry=told.safetensors", "known_poses=true", "keyframe_choice=latest"]
+    assert sample(*LED, "--set", *told, weights=weights) == 2 and seen[-1] == (3, ("poses",), True, "latest")
 
 
 @pytest.mark.parametrize("free, kept", [(2**60, True), (0, False)])
