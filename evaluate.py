@@ -32,7 +32,7 @@ from evaluation.quality import Perceptual, libraries
 from evaluation.table import Rows, column, markdown, mean_error, means, title
 from files.cli import Parser, existing, parse_size, run_program
 from files.draw import draw_means, save_png
-from files.machine import check_device
+from files.machine import check_device, choose_products
 from files.settings import read_part
 from files.writing import check_apart, fingerprint, replacing
 from geometry.camera import WINDOW
@@ -282,7 +282,7 @@ def side_by_side(work: Callable[[int], None], items: list[int], processes: int) 
             work(item)
             yield item
         return
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), choose_products) as pool:  # as this process
         under_way = {pool.submit(work, item): item for item in items}
         try:
             for done in as_completed(under_way):
