@@ -81,7 +81,7 @@ def read_json_value(path: Path) -> Any:
     if path.stat().st_size > JSON_BYTES:
         raise ValueError(f"{path}: {path.stat().st_size} bytes, expected JSON of at most {JSON_BYTES}")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = (content := path.read_bytes()).decode(json.detect_encoding(content))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     return parse_json(text, path)

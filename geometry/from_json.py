@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from files.checkpoint import read_json_value
+from files.cli import note
 from geometry.recording import Recording, focal, number, numbers, pinhole_of, refuse_lens, rigid_rows
 
 NAN = np.nan
@@ -111,7 +112,10 @@ def transforms(data: dict, key: str, where: str) -> Recording:
     lens, size = collect([frame_lens(data | frame, f"{where}, frame {index}") for index, frame in enumerate(frames)],
                          where)
     names = [frame.get("file_path") for frame in frames]
-    names = names if all(isinstance(name, str) for name in names) and len(set(names)) == len(names) else None
+    names = names if all(isinstance(name, str) for name in names) else None
+    if names is not None and len(set(names)) < len(names):
+        note(f"{where}: the same file_path stands in several frames, so their order in the file counts")
+        names = None
     view = {"lens": lens, "size": size, "names": names}
     return Recording(where, matrix_rows(frames, where, "transform_matrix"), "opengl",
                      **view | common(data, where))

@@ -1,19 +1,34 @@
 """Camera paths in text: rows of numbers with blanks or commas between, told by how many there are, and by a header."""
 
+import json
 import re
 from pathlib import Path
 
 import numpy as np
 
+from files.cli import note
 from geometry.recording import Recording, rigid_rows
 
 Lines = list[tuple[str, list[str]]]  # place, words
+NUMBER = r"[-+]?\d+(?:,\d+)?(?:[eE][-+]?\d+)?"
+DECIMAL_COMMAS = re.compile(rf"\s*(?:{NUMBER}\s+)+{NUMBER}\s*")
+
+
+def read_text(file: Path) -> str:
+    """Text in any Unicode, as Windows' own programs write UTF-16; what is no text is no number either."""
+    content = file.read_bytes()
+    return content.decode(json.detect_encoding(content), errors="replace")
+
+
+def split(line: str) -> list[str]:
+    """Words between blanks, commas or semicolons, perhaps in quotes; a comma that does not part them is a point."""
+    line = line.replace('"', "").replace(";", " ")
+    return line.replace(",", "." if DECIMAL_COMMAS.fullmatch(line) else " ").split()
 
 
 def read_lines(file: Path) -> Lines:
     """The words of all lines but comments, each line with its place."""
-    lines = file.read_text(encoding="utf-8-sig", errors="replace").splitlines()  # what is no text is no number either
-    return [(f"{file}, line {index}", line.replace(",", " ").split()) for index, line in enumerate(lines, 1)
+    return [(f"{file}, line {index}", split(line)) for index, line in enumerate(read_text(file).splitlines(), 1)
             if not line.lstrip().startswith("#")]
 
 
@@ -33,28 +48,32 @@ def is_number(word: str) -> bool:
 
 
 def header_columns(file: Path, columns: int) -> dict[str, int]:
-    """Which column is which, where a line above the numbers says so: t, x, y, z, qx, qy, qz, qw."""
-    for line in file.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-        line = re.sub(r"\[[^]]*\]", "", line).lstrip("# ").strip()
-        words = [word.strip().lower() for word in (line.split(",") if "," in line else line.split())]
-        if words and is_number(words[0]):
+    """Which column is which, where a line above the numbers says so: x, y, z of a position, and w, x, y, z that all
+    have the same other letters in front. Raises ValueError for positions without such a quaternion."""
+    for line in read_text(file).splitlines():
+        line = re.sub(r'\[[^]]*\]|"', "", line).lstrip("# ").lower()
+        names = [name.strip() for name in (re.split("[,;]", line) if re.search("[,;]", line) else line.split())]
+        if names and is_number(names[0]):
             return {}
-        place = {}
-        for index, word in enumerate(words):
-            if match := re.fullmatch(r"q.*?_?([wxyz])", word):
-                place["q" + match[1]] = index
-            elif match := re.fullmatch(r"(?:t|p|pos|position|translation)?.*?_?([xyz])", word):
-                place.setdefault(match[1], index)
-        if len(words) == columns and {"qw", "qx", "qy", "qz", "x", "y", "z"} <= place.keys():
-            return place
+        triples = [name[:-1] for name in names if {name[:-1] + letter for letter in "xyz"} <= set(names)]
+        place = [front for front in triples if front + "w" not in names]
+        turn = [front for front in triples if front + "w" in names]
+        if len(names) == columns and place:
+            if not turn:
+                raise ValueError(f"{file}: columns {', '.join(names)}, expected a quaternion among them, as in"
+                                 " x, y, z, qx, qy, qz, qw")
+            return ({letter: names.index(place[0] + letter) for letter in "xyz"}
+                    | {f"q{letter}": names.index(turn[0] + letter) for letter in "wxyz"})
     return {}
 
 
-def seconds(stamps: np.ndarray) -> tuple[np.ndarray | None, bool]:
+def seconds(stamps: np.ndarray, file: Path) -> tuple[np.ndarray | None, bool]:
     """Time stamps in seconds, or in frames (then True); None if they don't tell the time. Whole numbers are frames if
     they are small, else micro- or nanoseconds."""
     steps = np.diff(np.sort(stamps)) if np.isfinite(stamps).all() else np.zeros(1)
     if not len(steps) or steps.min() <= 0:
+        if len(steps) and steps.max() > 0:
+            note(f"{file}: the same time stands in several lines, so the lines' order counts, and no rate is known")
         return None, False
     if (stamps % 1 == 0).all():
         step = np.median(steps)
@@ -62,29 +81,33 @@ def seconds(stamps: np.ndarray) -> tuple[np.ndarray | None, bool]:
     return stamps, False
 
 
-def tum(file: Path, rows: np.ndarray) -> Recording:
-    """TUM's time, position, quaternion x y z w; another order, as EuRoC's, by a header."""
-    place: dict[str, int] = header_columns(file, rows.shape[1])
-    if not place and rows.shape[1] > 8:
-        place = dict(zip(("x", "y", "z", "qw", "qx", "qy", "qz"), range(1, 8)))  # EuRoC's 17 columns
+def placed(file: Path, rows: np.ndarray, first: int, usual: str = "x y z qx qy qz qw") -> np.ndarray:
+    """Poses of positions and quaternions, in the columns that a header names, else from the `first` on as usual."""
+    place = header_columns(file, rows.shape[1])
     if not place:
-        place = dict(zip(("x", "y", "z", "qx", "qy", "qz", "qw"), range(1, 8)))
-        q = rows[:, 4:]
+        place = {name: first + index for index, name in enumerate(usual.split())}
+        q = rows[:, [place[name] for name in ("qx", "qy", "qz", "qw")]]
         if np.abs(q[0] - [1, 0, 0, 0]).max() < 1e-6 and np.abs(q - [0, 0, 0, 1]).max(1).min() > 0.1:
             raise ValueError(f"{file}: the first quaternion is 1 0 0 0, a half turn in the order x y z w. If w comes"
-                             " first, say so in a line above: # timestamp tx ty tz qw qx qy qz")
+                             f" first, say so in a line above: # {'timestamp ' * first}tx ty tz qw qx qy qz")
     q, position = ([place[name] for name in names] for names in (("qw", "qx", "qy", "qz"), ("x", "y", "z")))
-    times, counted = seconds(rows[:, 0])
-    return Recording(str(file), rigid_rows(rows[:, q], rows[:, position]), "c2w", times=times, counted=counted)
+    return rigid_rows(rows[:, q], rows[:, position])
+
+
+def tum(file: Path, rows: np.ndarray) -> Recording:
+    """TUM's time, position, quaternion x y z w; another order, as EuRoC's 17 columns, by a header."""
+    times, counted = seconds(rows[:, 0], file)
+    usual = ("x y z qw qx qy qz",) * (rows.shape[1] > 8)
+    return Recording(str(file), placed(file, rows, 1, *usual), "c2w", times=times, counted=counted)
 
 
 def seven(file: Path, rows: np.ndarray) -> Recording:
     """Position and quaternion x y z w, or ARKitScenes' .traj: time, axis and angle, translation, world-to-camera."""
-    if np.abs(np.linalg.norm(rows[:, 3:], axis=1) - 1).max() < 0.02:
-        return Recording(str(file), rigid_rows(rows[:, [6, 3, 4, 5]], rows[:, :3]))
+    if header_columns(file, 7) or np.abs(np.linalg.norm(rows[:, 3:], axis=1) - 1).max() < 0.02:
+        return Recording(str(file), placed(file, rows, 0))
     angle = np.linalg.norm(rows[:, 1:4], axis=1, keepdims=True)
     q = np.concatenate([np.cos(angle / 2), np.sin(angle / 2) * rows[:, 1:4] / angle.clip(1e-12)], axis=1)
-    times, counted = seconds(rows[:, 0])
+    times, counted = seconds(rows[:, 0], file)
     return Recording(str(file), rigid_rows(q, rows[:, 4:]), "w2c", times=times, counted=counted)
 
 
@@ -92,14 +115,14 @@ def matrices(file: Path, rows: np.ndarray) -> Recording:
     """KITTI's 3x4 or a whole 4x4 in a row; KITTI-360 puts the number of the frame in front."""
     numbered = rows.shape[1] % 2 == 1
     poses = rows[:, numbered:].reshape(len(rows), -1, 4)
-    times, counted = seconds(rows[:, 0]) if numbered else (None, False)
+    times, counted = seconds(rows[:, 0], file) if numbered else (None, False)
     return Recording(str(file), poses, times=times, counted=counted)
 
 
 def realestate(file: Path, rows: np.ndarray) -> Recording:
     """RealEstate10K, CameraCtrl: time, fx fy cx cy in shares of the picture, 0 0, 3x4 world-to-camera. The shares tell
     the shape of pictures with square pixels. Older files of 18 columns have no time."""
-    times, counted = seconds(rows[:, 0]) if rows.shape[1] == 19 else (None, False)
+    times, counted = seconds(rows[:, 0], file) if rows.shape[1] == 19 else (None, False)
     rows = rows[:, -18:]
     with np.errstate(all="ignore"):
         width = rows[0, 1] / rows[0, 0]
@@ -119,7 +142,7 @@ def blocks(file: Path, rows: np.ndarray) -> Recording:
 
 COLUMNS = {4: blocks, 7: seven, 8: tum, 12: matrices, 13: matrices, 16: matrices, 17: matrices, 18: realestate,
            19: realestate}  # fmt: skip
-EXPECTED = ("8 (TUM), 12 (KITTI) or 19 (RealEstate10K), or 4 (blocks of 4x4), 7, 13, 16, 17, 18")
+EXPECTED = "8 columns (TUM), 12 (KITTI) or 19 (RealEstate10K), or 4 (blocks of 4x4), 7, 13, 16, 17, 18"
 
 
 def from_text(file: Path) -> Recording:
@@ -135,7 +158,7 @@ def from_text(file: Path) -> Recording:
         raise ValueError(f"{file}: three lines that begin with 0, as ViewCrafter's angles and distances; they turn"
                          " about a point of its own reconstruction and are not read, expected poses or --move")
     if columns not in COLUMNS:
-        raise ValueError(f"{file}: {columns} columns, expected {EXPECTED}")
+        raise ValueError(f"{file}: {f'{columns} columns' if columns else 'no line of numbers'}, expected {EXPECTED}")
     for where, words in lines:
         if len(words) != columns:
             raise ValueError(f"{where}: {len(words)} columns, expected {columns} as in the first pose")

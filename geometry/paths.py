@@ -194,8 +194,8 @@ def read(file: Path) -> Recording:
         return from_arrays(file)
     if is_film(file):
         raise ValueError(f"{file}: a video, whose camera has to be found first; sample.py --poses does, and saves it")
-    text = begin.removeprefix(b"\xef\xbb\xbf").lstrip()
-    return from_json(file) if text[:1] in (b"{", b"[") else from_text(file)
+    text = begin.decode(json.detect_encoding(begin), errors="replace").lstrip()
+    return from_json(file) if text[:1] in ("{", "[") else from_text(file)
 
 
 def path_json(path: CameraPath) -> str:

@@ -235,7 +235,7 @@ def edited(name, line, column, value):
 
 
 @pytest.mark.parametrize("lines, message", [
-    ([], "0 columns, expected 8"), (["https://x"], "0 columns"), (["1 2 3"] * 4, "3 columns, expected 8"),
+    ([], "no line of numbers, expected 8 columns"), (["https://x"], "no line of numbers"), (["1 2 3"] * 4, "3 columns, expected 8"),
     (TABLE["kitti.txt"][:1], "1 pose"), ([*TABLE["kitti.txt"], TABLE["tum.txt"][1]], "line 13: 8 columns, expected 12"),
     (edited("re10k.txt", 5, 14, None), "line 6: 14 columns, expected 19"),
     (edited("tum.txt", 4, 3, "abc"), "line 5: could not convert string to float: 'abc'"),
@@ -244,6 +244,7 @@ def edited(name, line, column, value):
     ([*TABLE["tum.txt"], "9 1 2 3 0 0 0 0"], "frame 12: the rotation is not orthonormal"),  # a lost frame
     (edited("kitti.txt", 4, 0, "3"), "frame 4: the rotation is not orthonormal"),
     (edited("re10k.txt", 1, 1, "-1"), "a view of 1 to 179"), (edited("re10k.txt", 1, 1, "nan"), "a view of 1 to 179"),
+    (["frame,x,y,z,yaw,pitch,roll", *(f"{i},0,0,{i},0,0,0" for i in range(4))], "yaw, pitch, roll, expected a quat"),
 ])  # fmt: skip
 def test_bad_text(tmp_path, lines, message):
     (tmp_path / "poses.txt").write_text("\n".join(lines))
@@ -252,7 +253,24 @@ def test_bad_text(tmp_path, lines, message):
 
 def test_binary_text(tmp_path):
     (tmp_path / "poses.txt").write_bytes(bytes(range(256)))
-    refused(tmp_path / "poses.txt", "float|columns")
+    refused(tmp_path / "poses.txt", "float|columns|no line")
+
+
+@pytest.mark.parametrize("name", ["tum.txt", "kitti.txt", "re10k.txt"])
+def test_a_spreadsheets_text(tmp_path, name):
+    """Semicolons between the numbers, decimal commas with them or with blanks, quotes, and Windows' UTF-16."""
+    lines = [line.replace("#", "") for line in TABLE[name]]
+    for rows in ([line.replace(" ", ";") for line in lines], [line.replace(".", ",") for line in lines],
+                 [line.replace(" ", ";").replace(".", ",") for line in lines],
+                 ['"' + line.replace(" ", '","') + '"' for line in lines]):
+        for encoding in ("utf-8", "utf-16"):
+            (tmp_path / name).write_bytes("\r\n".join(rows).encode(encoding))
+            same(load_path(tmp_path / name), *FILES[name])
+
+
+def test_json_in_utf_16(tmp_path):
+    (tmp_path / "path.json").write_bytes(json.dumps(JSON["nerfstudio"]).encode("utf-16"))
+    same(load_path(tmp_path / "path.json"), FOV)
 
 
 @pytest.mark.parametrize("arrays, message", [
@@ -458,6 +476,32 @@ def test_w_first(tmp_path):
     refused(write(tmp_path, lines), "first quaternion is 1 0 0 0.*say so in a line above: # timestamp tx ty tz qw")
     path = load_path(write(tmp_path, ["# timestamp tx ty tz qw qx qy qz", *lines]))
     check("Pose files", path.c2w[1:, :3, :3], torch.from_numpy(C2W[:, :3, :3]), 1e-5)
+
+
+@pytest.mark.parametrize("header, columns", [
+    ("x,y,z,qw,qx,qy,qz", [0, 1, 2, 3, 4, 5, 6]), ('"qw","qx","qy","qz","px","py","pz"', [3, 4, 5, 6, 0, 1, 2]),
+    ("pos_x;pos_y;pos_z;rot_x;rot_y;rot_z;rot_w", [0, 1, 2, 4, 5, 6, 3]),
+    ("# .position.x .position.y .position.z .orientation.w .orientation.x .orientation.y .orientation.z", range(7)),
+])  # fmt: skip
+def test_a_header_names_the_columns(tmp_path, header, columns):
+    """With a column of times and without, whatever letters stand before x, y, z and w."""
+    rows = np.concatenate([C2W[:, :3, 3], Q], axis=1)[:, columns]
+    for first in (0, 1):
+        head = header.replace("# ", "# t ") if header[0] == "#" else "t" + (";" if ";" in header else ",") + header
+        lines = [words(*[i / 30][:first], *row) for i, row in enumerate(rows)]
+        same(load_path(write(tmp_path, [head if first else header, *lines])), None, 30 if first else None)
+    poses = [words(0, 0, 0, 1, 0, 0, 0), *(words(*c2w[:3, 3], *q) for c2w, q in zip(C2W, Q))]
+    refused(write(tmp_path, poses), "first quaternion is 1 0 0 0.*a line above: # tx ty tz qw")
+
+
+def test_what_stands_twice_is_said(tmp_path, capsys):
+    """The same time or name in several frames: nothing tells their order but the file."""
+    lines = lines_of(np.arange(12) / 30)
+    assert load_path(write(tmp_path, [lines[0], *lines])).fps is None
+    assert "the same time stands in several lines" in capsys.readouterr().err
+    twice = JSON["nerfstudio"]["frames"] * 2
+    assert len(load_path(save(tmp_path, {**JSON["nerfstudio"], "frames": twice})).c2w) == 24
+    assert "the same file_path stands in several frames" in capsys.readouterr().err
 
 
 def test_far_away_worlds(tmp_path):
