@@ -50,7 +50,7 @@ class Studio:
         self.worker = ThreadPoolExecutor(max_workers=1)
         self.folder = tempfile.TemporaryDirectory()  # of pictures that were sent
         self.changed: list[Callable[[], None]] = []
-        self.stopping = threading.Event()
+        self.stopping, self.stops = threading.Event(), 0
         self.prompt, self.seed = args.prompt, self.settings.seed
         self.message, self.progress = "", 0.0
         self.worlds = 0
@@ -127,9 +127,19 @@ class Studio:
         for hear in list(self.changed):
             hear()
 
-    def submit(self, work: Callable[[], None]) -> None:
-        """Let the worker do it, after what it is at; an error is shown, and the studio lives on."""
+    def stop(self) -> None:
+        """The film under way ends after its chunk, and those that wait don't begin."""
+        self.stops += 1
+        self.stopping.set()
+
+    def submit(self, work: Callable[[], None], film: bool = False) -> None:
+        """Let the worker do it, after what it is at; an error is shown, and the studio lives on. A `film` can be
+        stopped."""
+        stops = self.stops
+
         def run() -> None:
+            if film and stops != self.stops:
+                return
             try:
                 work()
             except Exception as error:  # whatever it is, the page has to go on
@@ -162,6 +172,7 @@ class Studio:
     def begin(self) -> Rollout:
         """A rollout from the picture, with the seed: the same words give the same video."""
         self.forget()
+        self.tell("getting ready ...")
         self.first = self.start()
         generator = torch.Generator().manual_seed(self.seed)
         self.rollout = Rollout(self.models, self.embedded(), self.size, generator, self.first.image,
@@ -199,13 +210,11 @@ class Studio:
             self.add_chunk(rollout, poses)
             self.here = poses[-1]
 
-    def drive(self, target: Callable[[], Tensor], chunks: int | None = None) -> None:
-        """So many chunks, or until stopped, each to where `target` then is."""
-        rollout = self.rollout or self.begin()
+    def drive(self, target: Callable[[], Tensor | None], chunks: int | None = None) -> None:
+        """So many chunks, or until stopped or there is no target any more, each to where `target` then is."""
         self.stopping.clear()
-        while not self.stopping.is_set() and chunks != 0:
-            there = target()
-            self.add_chunk(rollout, drive(self.here, there))
+        while not self.stopping.is_set() and chunks != 0 and (there := target()) is not None:
+            self.add_chunk(self.rollout or self.begin(), drive(self.here, there))
             self.here = there
             chunks = None if chunks is None else chunks - 1
 

@@ -64,10 +64,10 @@ class Page:
             self.buttons({"add keyframe": self.add_key, "move it here": self.move_key})
             self.buttons({"set its seconds": self.time_key, "remove it": self.remove_key})
             self.buttons({"preview": lambda: studio.submit(studio.preview),
-                          "generate": lambda: studio.submit(studio.generate), "stop": studio.stopping.set})
+                          "generate": lambda: studio.submit(studio.generate, film=True), "stop": studio.stop})
         with tabs.add_tab("Drive"):
             self.follow = gui.add_checkbox("follow me", False)
-            self.follow.on_update(lambda event: self.drive() if self.follow.value else studio.stopping.set())
+            self.follow.on_update(lambda event: self.follow.value and studio.submit(self.drive))
             self.speed = gui.add_slider("amount", 0.1, 5.0, 0.1, 1.0)
             for row in (("forward", "back"), ("left", "right"), ("up", "down"), ("yaw", "pitch", "roll")):
                 self.buttons({NAMES.get(verb, verb): partial(self.push, verb) for verb in row})
@@ -182,16 +182,20 @@ class Page:
         self.studio.tell()
 
     def drive(self) -> None:
-        """Chunk after chunk to where the viewer looks."""
-        self.studio.submit(lambda: self.studio.drive(lambda: self.pose))
+        """Chunk after chunk to where the viewer looks, while this page is open and asks for it."""
+        try:
+            self.studio.drive(lambda: self.pose if self.open and self.follow.value else None)
+        finally:
+            if self.open:
+                self.follow.value = False
 
     def push(self, verb: str) -> None:
         """One chunk by a button, from where the film is."""
         amount = AMOUNTS[verb] * self.speed.value
-        self.studio.submit(lambda: self.studio.drive(lambda: pushed(self.studio.here, verb, amount), chunks=1))
+        self.studio.submit(lambda: self.studio.drive(lambda: pushed(self.studio.here, verb, amount), 1), film=True)
 
     def upload(self, file) -> None:
-        self.studio.stopping.set()
+        self.studio.stop()
         self.studio.submit(lambda: self.studio.receive(file.name, file.content))
 
     def save(self, kind: str) -> None:
@@ -256,7 +260,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         server.sleep_forever()
     finally:
-        studio.stopping.set()
+        studio.stop()
         server.stop()
 
 

@@ -75,6 +75,35 @@ def test_following_goes_where_one_looks_until_stopped(studio):
     assert seen == [0, 33] and len(studio.frames) == 66 and torch.equal(studio.here, pose(0, 0, 2, 0, 0, 0))
 
 
+def test_following_ends_when_nobody_looks_any_more(studio):
+    """As after a browser was closed."""
+    looks = iter([pose(0, 0, 1, 0, 0, 0), None])
+    studio.submit(lambda: studio.drive(lambda: next(looks)))
+    wait(studio)
+    assert len(studio.frames) == 33 and next(looks, "all asked for") == "all asked for"
+
+
+def test_stop_also_ends_what_waits(studio):
+    """Of films that wait none begins; other work is done."""
+    asked = []
+
+    def target() -> torch.Tensor:
+        asked.append(len(studio.frames))
+        for _ in range(2):
+            studio.submit(lambda: studio.drive(target, chunks=1), film=True)
+        studio.submit(lambda: studio.tell("no film"))
+        studio.stop()
+        return pose(0, 0, 1, 0, 0, 0)
+
+    studio.submit(lambda: studio.drive(target, chunks=5), film=True)
+    wait(studio)
+    wait(studio)
+    assert asked == [0] and len(studio.frames) == 33 and studio.message == "no film"
+    studio.submit(lambda: studio.drive(lambda: pose(0, 0, 2, 0, 0, 0), chunks=1), film=True)
+    wait(studio)
+    assert len(studio.frames) == 66
+
+
 def test_another_picture_forgets_the_world(studio):
     studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
     Image.new("RGB", (128, 64), "teal").save("teal.png")

@@ -102,7 +102,7 @@ def wait_for_frames(page, studio, count: int) -> None:
 
 def test_the_drive_follows_the_viewer(browser, served):
     """While "follow me" is on, chunk after chunk goes to where the mouse has brought the viewer, evenly and without a stop
-    between two of them; it ends when it is off, and the film stays."""
+    between two of them; it ends when it is off or the browser is closed, and the film stays."""
     address, studio = served()
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(address)
@@ -125,7 +125,10 @@ def test_the_drive_follows_the_viewer(browser, served):
     ways = [places[33 * chunk:33 * chunk + 33] for chunk in range(chunks)]
     moved = [chunk for chunk, way in enumerate(ways) if (way[-1] - way[0]).norm() > 0.1]
     assert moved[0] == 0 and len(moved) > 1  # to where the first drag led, and on to where the second did
+    follow.check()
+    wait_for_frames(page, studio, len(studio.frames) + 33)
     page.close()
+    studio.worker.submit(lambda: None).result(timeout=60)
 
 
 def test_a_second_browser_sees_the_same_and_a_token_is_asked_for(browser, served):
