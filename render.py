@@ -21,7 +21,7 @@ from torch import Tensor
 
 from files.cli import check_frames, existing, given_path, parse_size, run_program
 from files.draw import contact_sheet, evenly_spaced, plan, save_ply, save_png
-from files.media import fit_image, load_image, resize_frame, to_u8
+from files.media import fit_image, load_image, resize_frame, to_frames, to_u8
 from files.video import VideoWriter, try_encoder
 from files.writing import beside, check_outputs, replacing
 from geometry.camera import VERBS, CameraPath, describe, hold, inverse, normalize, product, retime, scale_translation
@@ -47,8 +47,7 @@ from geometry.surface import (
 
 NEAR = 1e-4
 NOTHING, LOW_32 = 2**63 - 1, 2**32 - 1  # z-buffer entry of a pixel without a sample; the bits of the index
-
-
+FILLS = ("mean", "smooth", "black")  # of what a warp does not show
 Backdrop = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # c2w, K -> rgb [H,W,3] uint8, where it is known [H,W]
 
 
@@ -213,7 +212,8 @@ def box_sums(planes: Tensor, radius: int) -> Tensor:
     return total.div_(side**2).mul_(side**2)  # kept for parity: sums from means, not quite whole
 
 
-def fill_holes(rgb: Tensor, xy: Tensor, visible: Tensor, source: Tensor, radius: int, min_neighbors: int):
+def fill_holes(rgb: Tensor, xy: Tensor, visible: Tensor, source: Tensor, radius: int,
+               min_neighbors: int) -> tuple[Tensor, Tensor]:
     """Give an invisible pixel with enough visible neighbours the source colour at their mean source position.
 
     `source` is [1,3,H,W] in 0..1. Returns new rgb [H,W,3] and visible [H,W]; one pass, from the splat alone.
@@ -285,9 +285,6 @@ def render(geometry: Geometry, poses: Tensor, size: tuple[int, int], settings: R
            intrinsics: Tensor | None = None) -> Warp:
     """All frames of `render_frames` at the video size (H, W)."""
     return collect(render_frames(geometry, poses, settings, intrinsics), size)
-
-
-FILLS = ("mean", "smooth", "black")
 
 
 def smooth_fill(frames: Tensor, visible: Tensor) -> Tensor:
@@ -391,12 +388,11 @@ def preview(args: argparse.Namespace) -> None:
             for index, (rgb, visible) in enumerate(render_frames(geometry, poses, intrinsics=intrinsics)):
                 shares.append(visible.float().mean().item())
                 warp = to_video(rgb[None], visible[None], size)
-                pair = [rearrange(to_u8(x[0, :, 0]), "c h w -> h w c") for x in (warp.frames / 2 + 0.5, warp.visible)]
-                pair = [pair[0].numpy(), pair[1].expand(-1, -1, 3).numpy()]
-                video.write(pair[0])
-                mask.write(pair[1])
+                frame, seen = to_frames(warp.frames)[0], to_u8(warp.visible[0, 0, 0]).numpy()
+                video.write(frame)
+                mask.write(seen)
                 if index in picks:
-                    tiles.append(pair)
+                    tiles.append((frame, seen))
         save_png(partial["sheet"], contact_sheet(dict(zip(("warp", "mask"), map(np.stack, zip(*tiles))))))
         save_png(partial["path"], draw_path(geometry, poses))
         save_ply(partial["cloud"], geometry.points[geometry.valid].numpy(), geometry.rgb[geometry.valid].numpy())

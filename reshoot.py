@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from files.media import read_frames, resize_frame
+from files.media import from_frames, read_frames, resize_frame
 from files.video import read_rate
 from geometry.camera import WINDOW, CameraPath, hold, inverse, normalize, product, scale_translation
 from geometry.pi3x import Pi3X
@@ -86,7 +86,7 @@ class Reshoot(Camera):
         self.frame = int(state.get("frame", 0))
 
 
-def estimate_frames(network: Pi3X, images: list[Tensor], together: bool, limit: int | None = None,
+def estimate_frames(network: Pi3X, images: Sequence[Tensor], together: bool, limit: int | None = None,
                     K: Tensor | None = None) -> list[Geometry]:
     """The geometry of each of `images` [1,3,H,W] in [-1,1], on the CPU, with one lens for all: K [3,3] at their size,
     or the mean of what the network finds. Not `together` is for a network that does not know how cameras stand to each
@@ -105,14 +105,12 @@ def estimate_frames(network: Pi3X, images: list[Tensor], together: bool, limit: 
 def filmed_path(network: Pi3X, clip: Path, limit: int | None = None) -> tuple[CameraPath, float]:
     """The path of a clip's camera, all frames seen together, in tenths of the first frame's median depth; and the mean
     confidence, 0 to 1."""
-    images = []
-    for frame in read_frames(clip):  # small at once: the frames of a large clip would not fit in memory
-        frame = resize_frame(frame, geometry_size(*frame.shape[:2], limit or PIXEL_LIMIT))
-        images.append(rearrange(torch.tensor(frame), "h w c -> 1 c h w") / 127.5 - 1)
-    if len(images) < 2:
+    frames = [resize_frame(frame, geometry_size(frame.shape[0], frame.shape[1], limit or PIXEL_LIMIT))
+              for frame in read_frames(clip)]  # small at once: those of a large clip would not fit in memory
+    if len(frames) < 2:
         raise ValueError(f"{clip}: 1 frame, expected at least 2 of a clip whose camera is a path")
-    geometries = estimate(network, images, limit)
-    c2w = normalize(torch.stack([geometry.c2w for geometry in geometries]), len(images))
+    geometries = estimate(network, from_frames(np.stack(frames)).unbind(2), limit)
+    c2w = normalize(torch.stack([geometry.c2w for geometry in geometries]), len(frames))
     sure = torch.stack([geometry.confidence.mean() for geometry in geometries]).mean().item()
     unit = 0.1 * median_depth(ensure_valid(geometries[0]))
     return CameraPath(scale_translation(c2w, 1 / unit), read_rate(clip)), sure

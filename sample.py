@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +33,7 @@ from files.draw import save_png
 from files.folder import STATE
 from files.machine import allow_tf32, describe_machine, network_dtype, out_of_memory, peak_memory
 from files.measure import steadiness
-from files.media import read_frames, to_frames
+from files.media import from_frames, read_frames, to_frames, to_u8
 from files.output import Output, parts_folder
 from files.settings import read_part, setting_names
 from files.table import check_row, read_table
@@ -147,10 +146,9 @@ class Progress:
 
 def check_camera(pi3x: Pi3X, video: Path, path: CameraPath) -> dict:
     """The camera of every fourth frame, as Pi3X sees it, against the path that was asked for (`camera.path_error`)."""
-    frames = islice(read_frames(video), 0, None, CHECK_STRIDE)
-    images = [rearrange(torch.from_numpy(frame), "h w c -> 1 c h w") / 127.5 - 1 for frame in frames]
-    estimated = torch.stack([geometry.c2w for geometry in estimate(pi3x, images)])
-    wanted = path.c2w[(torch.arange(len(images)) * CHECK_STRIDE).clamp(max=len(path.c2w) - 1)]
+    frames = np.stack([*islice(read_frames(video), 0, None, CHECK_STRIDE)])
+    estimated = torch.stack([geometry.c2w for geometry in estimate(pi3x, from_frames(frames).unbind(2))])
+    wanted = path.c2w[(torch.arange(len(frames)) * CHECK_STRIDE).clamp(max=len(path.c2w) - 1)]
     return path_error(estimated, wanted)
 
 
@@ -188,10 +186,11 @@ def describe_job(args: argparse.Namespace, job: Job) -> dict:
 
 def pictures(chunk: Chunk) -> dict[str, np.ndarray]:
     """A chunk's rows [33, H, W, 3] uint8: the result, and the warp and mask that led it."""
-    rows = {"result": to_frames(chunk.frames / 2 + 0.5)}
+    rows = {"result": to_frames(chunk.frames)}
     if chunk.warp is not None:
-        frames, visible = chunk.warp.frames[:, :, -WINDOW:], chunk.warp.visible[:, :, -WINDOW:]  # 34 begin before
-        rows |= {"warp": to_frames(frames / 2 + 0.5), "mask": to_frames(visible)}
+        frames, visible = chunk.warp.frames[:, :, -WINDOW:], chunk.warp.visible[0, 0, -WINDOW:]  # 34 begin before
+        mask = to_u8(visible)[..., None].expand(-1, -1, -1, 3).cpu().numpy()
+        rows |= {"warp": to_frames(frames), "mask": mask}
     return rows
 
 

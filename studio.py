@@ -120,7 +120,7 @@ class Studio:
     def picture(self) -> np.ndarray:
         """The first frame, [H, W, 3] uint8."""
         assert self.first.image is not None
-        return to_frames(self.first.image[:, :, None].cpu() / 2 + 0.5)[0]
+        return to_frames(self.first.image[:, :, None])[0]
 
     def tell(self, message: str | None = None) -> None:
         self.message = self.message if message is None else message
@@ -165,7 +165,7 @@ class Studio:
         for poses in path.split(WINDOW):
             warp = camera.warp(poses).frames[:, :, :len(poses)]
             camera.remember(warp[:, :, -1])
-            self.frames += list(to_frames(warp / 2 + 0.5))
+            self.frames += list(to_frames(warp))
         self.path = path
         self.tell(f"preview: the warp of {len(path)} frames")
 
@@ -195,7 +195,7 @@ class Studio:
         begin = time.perf_counter()
         chunk = rollout.next(poses=poses, prompts=self.embedded())
         self.rate = time.perf_counter() - begin
-        self.frames += list(to_frames(chunk.frames / 2 + 0.5))[:len(poses)]
+        self.frames += list(to_frames(chunk.frames))[:len(poses)]
         self.path = torch.cat([self.path, poses])
         self.tell(f"{len(self.frames)} frames; {self.rate:.1f} s a chunk, {WINDOW / FPS / self.rate:.2f} times"
                   f" real time")

@@ -331,7 +331,7 @@ def draw_sample(models: Models[Helios], prompts: Prompts, trainer: Trainer, clip
     models.transformer.set_lora(trainer.lora)
     led = {} if chunk.warp is None else {"warp": chunk.warp.frames}
     rows = {"video": clip.pixels(*range(WINDOW)), **led, f"step {trainer.steps}": chunk.frames}
-    save_png(path, contact_sheet({name: to_frames(video / 2 + 0.5) for name, video in rows.items()}))
+    save_png(path, contact_sheet({name: to_frames(video) for name, video in rows.items()}))
 
 
 def report(trainer: Trainer, steps: int, device: str) -> None:

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
 from evaluation.navigation import navigation
 from evaluation.quality import Perceptual, measure, steady
 from files.cli import note
-from files.media import fit_image, is_picture, natural_order, read_frames, read_mask, to_frames
+from files.media import fit_image, from_frames, is_picture, natural_order, read_frames, read_mask, to_frames
 from geometry.camera import normalize, path_error
 from geometry.paths import load_path
 from geometry.pi3x import Pi3X
@@ -78,7 +77,7 @@ def fit(frame: np.ndarray, size: tuple[int, int], crop: bool) -> np.ndarray:
     """[h, w, 3] uint8 at `size`, Lanczos; as it is if it has it."""
     if frame.shape[:2] == size:
         return frame
-    return to_frames(fit_image(Image.fromarray(frame), size, crop)[:, :, None] / 2 + 0.5)[0]
+    return to_frames(fit_image(Image.fromarray(frame), size, crop)[:, :, None])[0]
 
 
 def read_video(path: Path, protocol: Protocol, size: tuple[int, int] | None = None) -> np.ndarray:
@@ -97,9 +96,8 @@ def read_visible(path: Path, protocol: Protocol, size: tuple[int, int]) -> np.nd
 
 def cameras(pi3x: Pi3X, frames: np.ndarray) -> Tensor:
     """Camera-to-world [T / 4, 4, 4] of every fourth frame, seen together."""
-    images = [rearrange(torch.from_numpy(frame.copy()), "h w c -> 1 c h w") / 127.5 - 1 for frame in frames[::STRIDE]]
-    device = pi3x.image_mean.device
-    return torch.stack([geometry.c2w.cpu() for geometry in estimate(pi3x, [image.to(device) for image in images])])
+    geometries = estimate(pi3x, from_frames(frames[::STRIDE]).unbind(2))
+    return torch.stack([geometry.c2w for geometry in geometries])
 
 
 def camera_numbers(found: Tensor, wanted: Tensor) -> dict[str, float]:

@@ -68,9 +68,9 @@ class Maker:
         parts: dict[str, list[np.ndarray]] = {"video": [], "warp": [], "mask": []}
         for control in job.controls:
             chunk = rollout.next(control.poses, zoom=control.zoom) if way.led else rollout.next()
-            parts["video"].append(to_frames(chunk.frames / 2 + 0.5))
+            parts["video"].append(to_frames(chunk.frames))
             if chunk.warp is not None:
-                parts["warp"].append(to_frames(chunk.warp.frames[:, :, -WINDOW:] / 2 + 0.5))
+                parts["warp"].append(to_frames(chunk.warp.frames[:, :, -WINDOW:]))
                 parts["mask"].append(chunk.warp.visible[0, 0, -WINDOW:].cpu().numpy() > 0.5)
         video = self.video(row, case.name)
         files = {"warp": video.with_name(f"{case.name}_warp.mp4"), "mask": self.mask(case.name)} if way.led else {}

@@ -21,7 +21,7 @@ from torch import Tensor
 from evaluation.compare import STRIDE, cameras
 from evaluation.navigation import read_keys, wanted_path
 from files.cli import note
-from files.media import is_picture, natural_order
+from files.media import from_frames, is_picture, natural_order
 from files.writing import replacing
 from geometry.camera import DEPTH, WINDOW, normalize, path_error
 from geometry.paths import load_path
@@ -132,9 +132,8 @@ def write_poses(file: Path, c2w: Tensor) -> None:
 
 def seen_path(pi3x: Pi3X, frames: np.ndarray) -> Tensor:
     """The camera of frames [T, H, W, 3], all of them seen together, in tenths of the first one's median depth."""
-    images = [torch.from_numpy(frame.copy()).permute(2, 0, 1)[None] / 127.5 - 1 for frame in frames]
-    geometries = estimate(pi3x, [image.to(pi3x.image_mean.device) for image in images])
-    c2w = normalize(torch.stack([geometry.c2w.cpu() for geometry in geometries]), len(frames))
+    geometries = estimate(pi3x, from_frames(frames).unbind(2))
+    c2w = normalize(torch.stack([geometry.c2w for geometry in geometries]), len(frames))
     c2w[:, :3, 3] *= DEPTH / median_depth(geometries[0])
     return c2w
 
@@ -145,9 +144,8 @@ def known_unit(pi3x: Pi3X, frames: np.ndarray, poses: Path) -> str:
     scale = path_error(found, wanted)["scale"]
     if scale <= 0:
         raise ValueError(f"{poses}: Pi3X sees no such way in its video, so its unit can't be known")
-    depth = median_depth(estimate(pi3x, [torch.from_numpy(frames[0].copy()).permute(2, 0, 1)[None].to(
-        pi3x.image_mean.device) / 127.5 - 1])[0])
-    return f"{1 / scale / depth:.6g}depth"
+    (first,) = estimate(pi3x, from_frames(frames[:1]).unbind(2))
+    return f"{1 / scale / median_depth(first):.6g}depth"
 
 
 def find_path(case: Case, given: Path | None, folder: Path, pi3x: Callable[[], Pi3X] | None,

@@ -247,5 +247,10 @@ def quantize(frame: Tensor) -> Tensor:
 
 
 def to_frames(video: Tensor) -> np.ndarray:
-    """[1, C, T, H, W] in 0..1 -> [T, H, W, 3] uint8, gray repeated."""
-    return rearrange(to_u8(video[0]).expand(3, -1, -1, -1), "c t h w -> t h w c").cpu().numpy()
+    """[1, 3, T, H, W] in [-1, 1] -> [T, H, W, 3] uint8."""
+    return rearrange(to_u8(video[0] / 2 + 0.5), "c t h w -> t h w c").cpu().numpy()
+
+
+def from_frames(frames: np.ndarray | Tensor) -> Tensor:
+    """[T, H, W, 3] uint8 -> [1, 3, T, H, W] in [-1, 1]."""
+    return rearrange(torch.as_tensor(frames), "t h w c -> 1 c t h w") / 127.5 - 1

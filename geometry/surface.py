@@ -4,6 +4,7 @@ Conventions: camera-to-world, OpenCV axes (x right, y down, z forward), pixel ce
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -224,7 +225,7 @@ def place(picture: Image, depth: Tensor | None, lens: float | Lens, size: tuple[
 
 
 @torch.no_grad()
-def estimate(network: Pi3X, images: list[Tensor], limit: int | None = None,
+def estimate(network: Pi3X, images: Sequence[Tensor], limit: int | None = None,
              known: Known | None = None) -> list[Geometry]:
     """One joint run over `images`, each [1,3,H,W] in [-1,1], of which the network may be told what is `known` -> a
     geometry each, in one world, on the network's device.

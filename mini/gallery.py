@@ -60,7 +60,7 @@ def columns(scene: Scene, weights: Path, seed: int = 0) -> dict[str, np.ndarray]
         warp, changed = (None, options) if changes is None else (scene.warp, replace(options, **changes))
         videos[name] = generate(models, prompts, scene, seed, warp, changed, None)
     videos["truth"] = scene.video
-    return {name: to_frames(video / 2 + 0.5) for name, video in videos.items()}
+    return {name: to_frames(video) for name, video in videos.items()}
 
 
 def write(rows: list[dict[str, np.ndarray]], path: Path, shown: tuple[str, ...]) -> None:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import render
+from files.media import from_frames
 from geometry import surface
 from geometry.camera import WINDOW, inverse, scale_translation
 from geometry.pi3x import Branch, Pi3X, Pi3XConfig, Prediction, load_pi3x
@@ -174,7 +175,7 @@ def judge(network: Pi3X, clip: world.Clip) -> dict[str, float]:
     go as many meters ("in meters"), or tenths of its median depth, the unit of sample.py; "plane": at the true median;
     "no network": what sample.py does without one, the same plane with a field of view of 55 degrees.
     """
-    true = rearrange(clip.frames[::16], "t h w c -> 1 c t h w") / 127.5 - 1
+    true = from_frames(clip.frames[::16])
     image, truth, poses = true[:, :, 0], clip.depth[0], inverse(clip.c2w[0]) @ clip.c2w[::16]
     exact, guess = geometry_from_depth(image, truth, clip.K), ensure_valid(estimate(network, [image])[0])
     (height, width), flat = truth.shape, torch.full_like(truth, median_depth(exact))

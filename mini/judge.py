@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from evaluation.ablation import Way, ways
 from evaluation.quality import measure, psnr
 from files.measure import flicker
-from files.media import to_frames
+from files.media import from_frames, to_frames
 from files.video import write_video
 from files.writing import fingerprint, replacing
 from geometry.camera import WINDOW, inverse
@@ -125,7 +124,7 @@ def walk(seed: int, trial: Trial, models: Models, prompts: Prompts, lora: Lora |
     """PSNR of each chunk of a longer path through the scene, with warps from the first frame's true depth."""
     index = read_index(trial.weights)
     clip = make_clip(seed, WALK * WINDOW, index.size)
-    video = rearrange(clip.frames, "t h w c -> 1 c t h w") / 127.5 - 1
+    video = from_frames(clip.frames)
     camera = Camera(geometry_from_depth(video[:, :, 0], clip.depth[0], clip.K), index.size, 1.0,
                     RenderSettings(index.samples))
     rollout = Rollout(models, prompts, index.size, torch.Generator().manual_seed(0), image=video[:, :, 0],
@@ -133,7 +132,7 @@ def walk(seed: int, trial: Trial, models: Models, prompts: Prompts, lora: Lora |
     poses, truth, found = inverse(clip.c2w[:1]) @ clip.c2w, clip.frames.numpy(), {}
     for chunk in range(WALK):
         here = slice(chunk * WINDOW, (chunk + 1) * WINDOW)
-        frames = to_frames(rollout.next(poses[here]).frames / 2 + 0.5)
+        frames = to_frames(rollout.next(poses[here]).frames)
         begin = chunk == 0  # the very first frame is given
         found[f"psnr chunk {chunk + 1}"] = psnr(frames[begin:], truth[here][begin:])
     return found
@@ -166,7 +165,7 @@ def judge(seed: int, trial: Trial) -> None:
     truth, visible = scene.clip.frames.numpy(), scene.warp.visible[0, 0].numpy() > 0
     results = {}
     for name, videos in made.items():
-        frames = [to_frames(video / 2 + 0.5) for video in videos]
+        frames = [to_frames(video) for video in videos]
         each = [numbers(video, truth, visible) for video in frames]
         results[name] = {metric: float(np.mean([one[metric] for one in each if metric in one])) for metric in each[0]}
         results[name] |= camera_error(videos[0], scene, trial.found) if trial.found else {}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from files.media import from_frames
 from geometry.camera import WINDOW, inverse
 from geometry.pi3x import Pi3X
 from geometry.surface import ensure_valid, estimate, median_depth, transform, unproject
@@ -71,7 +72,7 @@ def make_scene(seed: int, pi3x: Pi3X | None, size: tuple[int, int]) -> Scene:
 
 def scene_of(clip: Clip, pi3x: Pi3X | None = None, known: world.Scene | None = None) -> Scene:
     """A clip with its exact warp, and that of the geometry which `pi3x` estimates; `known` is what the clip shows."""
-    video = rearrange(clip.frames, "t h w c -> 1 c t h w") / 127.5 - 1
+    video = from_frames(clip.frames)
     return Scene(clip, video, exact_warp(clip), None if pi3x is None else estimated_warp(clip, video, pi3x), known)
 
 

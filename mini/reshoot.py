@@ -18,14 +18,13 @@ from random import Random
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from evaluation.quality import psnr
 from evaluation.table import means
 from files.cli import run_program
 from files.draw import contact_sheet, evenly_spaced, save_png
-from files.media import to_frames
+from files.media import from_frames, to_frames
 from geometry.camera import WINDOW, inverse, product, scale_translation
 from geometry.pi3x import find_pi3x, load_pi3x
 from geometry.surface import Geometry, geometry_from_depth, median_depth, transform
@@ -92,7 +91,7 @@ def at_pose(geometry: Geometry, c2w: Tensor) -> Geometry:
 
 def cameras(clip: Clip, weights: Path) -> Iterator[tuple[str, Camera]]:
     """What leads each way; all are in meters."""
-    index, images = read_index(weights), list(rearrange(clip.frames, "t h w c -> t 1 c h w") / 127.5 - 1)
+    index, images = read_index(weights), from_frames(clip.frames).unbind(2)
     settings = RenderSettings(index.samples)
     true = [geometry_from_depth(image, depth, clip.K) for image, depth in zip(images, clip.depth)]
     yield "picture alone", Camera(true[0], index.size, 1.0, settings)
@@ -118,7 +117,7 @@ def regions(scene: world.Scene, clip: Clip, target: Clip) -> dict[str, np.ndarra
 def measure(frames: Tensor, scene: world.Scene, target: Clip, masks: dict[str, np.ndarray],
             found: list[int]) -> dict[str, float]:
     """PSNR by region of the frames [1, 3, T, H, W] after the first, which is given; and the camera of those `found`."""
-    video, truth = to_frames(frames / 2 + 0.5)[1:], target.frames.numpy()[1:]
+    video, truth = to_frames(frames)[1:], target.frames.numpy()[1:]
     result = {f"psnr{name}": psnr(video[mask], truth[mask]) for name, mask in masks.items()}
     known = Scene(target, frames, Warp(frames, frames[:, :1]), None)  # the camera is searched without its warp
     errors = [camera_error(frames, replace(known, known=still(scene, index)), [index]) for index in found]
@@ -130,7 +129,7 @@ def judge(weights: Path, scene: world.Scene, clip: Clip, target: Clip, found: li
     """The numbers of each way, and its frames [T, H, W, 3] uint8."""
     models, options = load_models(Helios, weights, "cpu"), model_options(weights)
     prompts = encode_prompts(weights, clip.caption, False, options.guidance > 1, "cpu")
-    truth = rearrange(target.frames, "t h w c -> 1 c t h w") / 127.5 - 1
+    truth = from_frames(target.frames)
     made, poses = {"the truth": truth}, inverse(target.c2w[:1]) @ target.c2w
     for name, camera in cameras(clip, weights):
         rollout = Rollout(models, prompts, read_index(weights).size, torch.Generator().manual_seed(0),
@@ -141,7 +140,7 @@ def judge(weights: Path, scene: world.Scene, clip: Clip, target: Clip, found: li
                  name: torch.cat([chunk.frames for chunk in chunks], dim=2)}
     masks = regions(scene, clip, target)
     rows = {name: measure(frames, scene, target, masks, found) for name, frames in made.items()}
-    return rows, {"the clip": clip.frames.numpy()} | {name: to_frames(each / 2 + 0.5) for name, each in made.items()}
+    return rows, {"the clip": clip.frames.numpy()} | {name: to_frames(each) for name, each in made.items()}
 
 
 def run(args: argparse.Namespace) -> None:

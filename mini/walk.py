@@ -22,7 +22,6 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from evaluation.quality import psnr
@@ -30,7 +29,7 @@ from evaluation.table import means
 from files.cli import run_program
 from files.draw import contact_sheet, save_png
 from files.measure import steadiness
-from files.media import to_frames
+from files.media import from_frames, to_frames
 from geometry.camera import WINDOW, inverse
 from geometry.known import Known
 from geometry.pi3x import Pi3X, Pi3XConfig, Prediction
@@ -153,7 +152,7 @@ def make(walk: Walk, choice: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def measure(way: str, video: Tensor, walk: Walk, found: list[int]) -> dict[str, float]:
-    frames, truth = to_frames(video / 2 + 0.5), walk.clip.frames.numpy()
+    frames, truth = to_frames(video), walk.clip.frames.numpy()
     result = {"psnr": psnr(frames[AGAIN:], truth[AGAIN:]), "psnr last chunk": psnr(frames[-WINDOW:], truth[-WINDOW:])}
     if way == WAYS[2]:
         result["psnr first round"] = psnr(frames[AGAIN:], frames[:AGAIN])
@@ -181,12 +180,12 @@ def run(args: argparse.Namespace) -> None:
     models, options = load_models(Helios, args.weights, "cpu"), model_options(args.weights)
     for seed, scene, clip in islice(held_out(read_index(args.weights).size), args.scenes):
         prompts = encode_prompts(args.weights, clip.caption, False, options.guidance > 1, "cpu")
-        video = rearrange(clip.frames, "t h w c -> 1 c t h w") / 127.5 - 1
+        video = from_frames(clip.frames)
         ends = [(chunk + 1) * WINDOW - 1 for chunk in range(ROUND, CHUNKS, 3)]
         numbers, tiles = judge(Walk(scene, clip, video, models, prompts, args.weights, args.keyframes), ends)
         for name, each in numbers.items():
             rows.setdefault(name, {})[str(seed)] = each
-        pictures = {name: to_frames(each / 2 + 0.5) for name, each in tiles.items()}
+        pictures = {name: to_frames(each) for name, each in tiles.items()}
         save_png(args.out / f"{seed}.png", contact_sheet(pictures, CHUNKS, 96))
         print(f"scene {seed}, {time.perf_counter() - begin:.0f} s: {clip.caption}", flush=True)
         (args.out / "table.md").write_text(means(rows))

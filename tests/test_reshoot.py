@@ -310,7 +310,7 @@ def test_bad_words(capsys, place_of, words, parts):
 
 def test_the_page_shoots_a_clip_again(place_of):
     """`view.py --video`: a preview is the warp, and both follow what moves; the same as sample.py makes of that path."""
-    smooth = to_frames(known.picture(64, 168)[:, :, None] / 2 + 0.5)[0]
+    smooth = to_frames(known.picture(64, 168)[:, :, None])[0]
     write_video(Path("smooth.mp4"), np.stack([smooth[:, t:t + 128] for t in range(40)]), 12)  # coded alike in any parts
     clip = ["--video", "smooth.mp4", "--depth", "depths.npz"]
     words = ["--weights", str(DISTILLED), "--size", "64x128", *clip, "--set", "device=cpu", *QUICK[1:]]

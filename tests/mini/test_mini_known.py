@@ -34,7 +34,7 @@ def test_exact_warps_show_the_truth():
     visible = shown(scene)
     assert visible[0].all()
     torch.testing.assert_close(scene.warp.frames[:, :, 0], scene.video[:, :, 0], rtol=0, atol=1e-3)
-    measured = measure(to_frames(scene.warp.frames / 2 + 0.5), scene.clip.frames.numpy(), visible)
+    measured = measure(to_frames(scene.warp.frames), scene.clip.frames.numpy(), visible)
     assert measured["psnr visible"] > 28 and measured["ssim visible"] > 0.65 and measured["psnr not visible"] < 20
     hole = scene.warp.frames[:, :, -1][:, :, ~torch.from_numpy(visible[-1])]
     torch.testing.assert_close(hole[0, :, 0], scene.video[0, :, 0].mean((1, 2)))
@@ -58,7 +58,7 @@ def test_cameras_are_found():
 def test_ghosts_are_counted_where_nothing_is_visible():
     scene = make_scene_of(HELD_OUT + 2000)
     truth, visible = scene.clip.frames.numpy(), shown(scene)
-    assert known.ghost(to_frames(scene.warp.frames / 2 + 0.5), truth[0], visible) == 1
+    assert known.ghost(to_frames(scene.warp.frames), truth[0], visible) == 1
     assert known.ghost(np.zeros_like(truth), truth[0], visible) == 0
     assert known.ghost(truth, truth[0], visible) < 0.3
 
