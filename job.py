@@ -196,8 +196,7 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
     set_here = {word.partition("=")[0] for word in args.set}
     alone, keyframes = path and args.image is not None, settings.keyframes or read_index(args.weights).keyframes
     needs = ({name: (path, "a camera path: --poses or --move") for name in
-              ("geometry", "keyframes", "fov", "unit", "resample", "samples",
-               "geometry_pixels")}
+              ("geometry", "keyframes", "fov", "unit", "resample", "samples", "geometry_pixels")}
              | {"inverse_depth": (args.depth is not None, "--depth"), "part": (args.list is not None, "--list"),
                 "split": (ranks()[1] > 1, "several processes: torchrun --nproc-per-node N sample.py ..."),
                 "poses_of_clip": (args.video is not None and args.depth is not None, "--video and --depth"),

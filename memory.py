@@ -138,10 +138,11 @@ def atlas_colors(geometries: list[Geometry]) -> Atlas:
     return Atlas(colors.to(total.device), (count[..., 0] > 0).to(total.device))
 
 
-def fill_rows(atlas: Atlas, radius: int = 3) -> Atlas:
-    """Unknown texels take the nearest known one in their row, also around the back; the left one of two as near."""
+def fill_rows(atlas: Atlas) -> Atlas:
+    """Unknown texels take the nearest known one in their row, at most 3 away, also around the back; the left one of two
+    as near."""
     rgb, known = atlas.rgb, atlas.known
-    for step in (step for distance in range(1, radius + 1) for step in (distance, -distance)):
+    for step in (step for distance in (1, 2, 3) for step in (distance, -distance)):
         take = atlas.known.roll(step, dims=1) & ~known
         rgb = torch.where(take[..., None], atlas.rgb.roll(step, dims=1), rgb)
         known = known | take

@@ -293,6 +293,8 @@ class Block(nn.Module):
 
 
 class TwoLayers(nn.Module):
+    """This and the next two are only names in the checkpoint: `Helios` calls their layers."""
+
     def __init__(self, width: int, dim: int):
         super().__init__()
         self.linear_1, self.linear_2 = nn.Linear(width, dim), nn.Linear(dim, dim)
@@ -360,7 +362,8 @@ class Helios(Network):
     def dtype(self) -> torch.dtype:
         return self.proj_out.weight.dtype
 
-    def band_tokens(self, band: Band, conv: nn.Conv3d, grid: tuple[int, int], scale: int, threshold: float):
+    def band_tokens(self, band: Band, conv: nn.Conv3d, grid: tuple[int, int], scale: int,
+                    threshold: float) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, N, D] of a band, their rotations [N, head_dim / 2], and which are visible [N]; `grid` is the short
         band's."""
         latents, rope = band.latents.to(self.dtype), rope_table(band.indices, *grid, self.config)

@@ -15,6 +15,7 @@ import json
 import math
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -249,14 +250,6 @@ class Trainer:
                    for moment in ("exp_avg", "exp_avg_sq")}
         return {**self.tensors, **moments, "rng": self.generator.get_state()}
 
-    def result(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """The LoRA's tensors, and its file's header: settings as diffusers and PEFT read them, and the warp's band."""
-        recipe = self.recipe
-        settings = {"r": recipe.rank, "lora_alpha": recipe.scale * recipe.rank, "target_modules": list(TARGETS)}
-        tensors = {name: matrix.detach() for name, matrix in self.tensors.items()}
-        settings = {f"transformer.{key}": value for key, value in settings.items()}
-        return tensors, {"lora_adapter_metadata": json.dumps(settings), "wah_warp_band": recipe.warp_band}
-
     def restore(self, state: dict[str, Tensor], steps: int) -> None:
         """Take what `state` gave after so many steps."""
         for name, matrix in self.tensors.items():
@@ -267,6 +260,14 @@ class Trainer:
                 "step": torch.tensor(float(steps)), "exp_avg": average, "exp_avg_sq": square}
         self.generator.set_state(state["rng"])
         self.steps = steps
+
+    def result(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The LoRA's tensors, and its file's header: settings as diffusers and PEFT read them, and the warp's band."""
+        recipe = self.recipe
+        settings = {"r": recipe.rank, "lora_alpha": recipe.scale * recipe.rank, "target_modules": list(TARGETS)}
+        tensors = {name: matrix.detach() for name, matrix in self.tensors.items()}
+        settings = {f"transformer.{key}": value for key, value in settings.items()}
+        return tensors, {"lora_adapter_metadata": json.dumps(settings), "wah_warp_band": recipe.warp_band}
 
 
 # ------------------------------------------------------------------------------------------------------------- program
@@ -291,18 +292,16 @@ def check(args: argparse.Namespace) -> Job:
     recipe = replace(recipe, draws=recipe.draws * ranks()[1])  # of all processes: a run is that of one with as many
     sources = read_sources(args.video, args.prompt)
     if args.memory == "stream" and not recipe.checkpointing:
-        raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks"
-                         " once more")
+        raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks once"
+                         " more")
     size, multiple = index.size if args.size is None else parse_size(args.size), size_multiple(schedule)
     if any(side % multiple for side in size):
         raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
     if not set(recipe.stages) <= set(range(schedule.stages)) or not recipe.stages:
         raise ValueError(f"--set stages={recipe.stages}: {args.weights} has stages 0 to {schedule.stages - 1}")
     if not len(args.poses) == len(args.depth) in (0, len(sources)):
-        raise ValueError(
-            f"{len(args.poses)} --poses and {len(args.depth)} --depth: expected one of each for each of the"
-            f" {len(sources)} videos, or none"
-        )
+        raise ValueError(f"{len(args.poses)} --poses and {len(args.depth)} --depth: expected one of each for each of"
+                         f" the {len(sources)} videos, or none")
     return Job(recipe, size, sources, index)
 
 
@@ -344,8 +343,10 @@ def report(trainer: Trainer, steps: int, device: str) -> None:
           f" gradients of activations), peak {peak_memory(device)}")
 
 
-def fit(trainer: Trainer, run: Run, clips: list[Clip], conditions: Conditions, text_of, draw) -> None:
-    """Steps from where the trainer is to the end, or to Ctrl-C; saves as the recipe says."""
+def fit(trainer: Trainer, run: Run, clips: list[Clip], conditions: Conditions,
+        text_of: Callable[[str], list[tuple[Tensor, Tensor]]], draw: Callable[[Path], None]) -> None:
+    """Steps from where the trainer is to the end, or to Ctrl-C; saves as the recipe says. `text_of` a prompt are its
+    keys and values; `draw` writes a sheet of what the LoRA can."""
     recipe, clock = trainer.recipe, trainer.clock
     order = islice(item_order(len(clips), recipe.seed), trainer.steps, recipe.steps)
 
@@ -442,15 +443,9 @@ def parse(words: list[str]) -> argparse.Namespace:
     geometry = parser.add_mutually_exclusive_group()
     geometry.add_argument("--geometry", type=Path, help="Pi3X weights (default: Pi3X/model.safetensors in the weights'"
                                                         " folder or beside it)")
-    geometry.add_argument(
-        "--depth",
-        action="append",
-        default=[],
-        type=Path,
-        help="instead: a video's depths, npy or npz"
-        " [T,h,w] or a folder of 16-bit png, and with them; of several videos in their order",
-    )
-    parser.add_argument("--poses", action="append", default=[], type=Path,
+    geometry.add_argument("--depth", type=Path, action="append", default=[], help="instead: a video's depths, npy or"
+                          " npz [T,h,w] or a folder of 16-bit png, and with them; of several videos in their order")
+    parser.add_argument("--poses", type=Path, action="append", default=[],
                         help="its camera, a pose for each frame in the unit of the depths")
     parser.add_argument("--out", type=Path, default=Path("runs/lora"), help="folder of the run")
     parser.add_argument("--size", help="HEIGHTxWIDTH, multiples of 64 (default: the model's own, officially 384x640)")

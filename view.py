@@ -31,9 +31,9 @@ NAMES = {"up": "rise", "down": "sink"}  # of buttons
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
-def large(frame: np.ndarray, width: int = 560) -> np.ndarray:
+def large(frame: np.ndarray) -> np.ndarray:
     """A small frame enlarged for the eye."""
-    times = max(width // frame.shape[1], 1)
+    times = max(560 // frame.shape[1], 1)
     return frame.repeat(times, axis=0).repeat(times, axis=1)
 
 

@@ -79,11 +79,11 @@ def join_bands(parts: list[tuple[Tensor, Tensor, Tensor]], drop: bool) -> Band |
     return Band(latents, time, seen if drop else None) if len(time) else None
 
 
-def mask_latents(visible: Tensor, frames: int = CHUNK) -> Tensor:
-    """Visibility [1, 1, T, H, W] of a chunk on the latent grid: of every fourth frame, [1, 1, frames, H/8, W/8]."""
-    index = torch.arange(0, 4 * frames, 4, device=visible.device).clamp(max=visible.shape[2] - 1)
+def mask_latents(visible: Tensor) -> Tensor:
+    """Visibility [1, 1, T, H, W] of a chunk on the latent grid: of every fourth frame, [1, 1, 9, H/8, W/8]."""
+    index = torch.arange(0, 4 * CHUNK, 4, device=visible.device).clamp(max=visible.shape[2] - 1)
     height, width = visible.shape[3:]
-    return resize_volume(visible[:, :, index], torch.Size((frames, height // 8, width // 8))).clamp(0, 1)
+    return resize_volume(visible[:, :, index], torch.Size((CHUNK, height // 8, width // 8))).clamp(0, 1)
 
 
 def add_noise(latents: Tensor, sigma: tuple[float, float], generator: torch.Generator, each_frame: bool) -> Tensor:
@@ -180,8 +180,8 @@ class Rollout:
                  lora: Lora | None = None, options: Options = Options(),
                  on_step: Callable[[int, int, int], None] | None = None):
         """image [1, 3, H, W] or video [1, 3, T, H, W] (at least 33 frames) in [-1, 1], the video also as uint8;
-        `generator` on the CPU; `on_step` is told (chunk, stage, step) before each step. Raises ValueError if the size
-        does not suit the schedule."""
+        `generator` on the CPU; `on_step` is told (chunk, stage, step) before each step. Raises ValueError for what does
+        not go together: size or steps and the schedule, a camera that was used, a LoRA and the model or the prompts."""
         multiple = size_multiple(models.schedule)
         if any(side % multiple or side <= 0 for side in size):
             raise ValueError(f"size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")

@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 def check_row(row: dict) -> dict[str, str]:
     """A row as csv.DictReader gives it; raises ValueError if it has more or fewer fields than there are columns."""
-    fields = len(row) - (None in row) - sum(value is None for value in row.values()) + len(row.get(None, ()))
     columns = len(row) - (None in row)
+    fields = columns - sum(value is None for value in row.values()) + len(row.get(None, ()))
     if fields != columns:
-        raise ValueError(f"{fields} fields, expected {columns}; a prompt with a comma is"
-                         ' written in quotes, "so, as here"')
+        raise ValueError(f"{fields} fields, expected {columns}; a prompt with a comma is written in quotes,"
+                         ' "so, as here"')
     return row
 
 

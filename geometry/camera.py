@@ -39,9 +39,14 @@ class CameraPath:
         return None if math.isnan(degrees) else degrees
 
 
+def focal(degrees: float) -> float:
+    """Focal length in widths of a view of so many degrees across."""
+    return 0.5 / math.tan(math.radians(degrees) / 2)
+
+
 def square_lens(fov_x: float) -> dict:
     """`lens` and `size` of a CameraPath of which only the horizontal degrees are known."""
-    return {"lens": (0.5 / math.tan(math.radians(fov_x) / 2), math.nan, math.nan, math.nan), "size": (1.0, math.nan)}
+    return {"lens": (focal(fov_x), math.nan, math.nan, math.nan), "size": (1.0, math.nan)}
 
 
 def resolve_lens(path: CameraPath, width: int, height: int,
@@ -50,7 +55,7 @@ def resolve_lens(path: CameraPath, width: int, height: int,
     what it is. `fov` is the user's, horizontal and perhaps vertical degrees; else the path's lens counts, else 55
     degrees. What neither says: pixels are square, the principal point is the middle."""
     if fov is not None or path.lens is None:
-        x, *y = (0.5 / math.tan(math.radians(degrees) / 2) for degrees in fov or (55.0,))
+        x, *y = map(focal, fov or (55.0,))
         return (x, y[0] if y else x * width / height, 0.5, 0.5), f"field of view {(fov or (55.0,))[0]:g} degrees"
     (fx, fy, cx, cy), aspect, words = path.lens, width / height, ""
     w, h = path.size or (2 * cx, 2 * cy)
@@ -88,11 +93,11 @@ def unit_length(unit: str, median: float) -> float:
     return length
 
 
-def homogeneous(poses: Tensor, where: str = "camera poses") -> Tensor:
+def homogeneous(poses: Tensor) -> Tensor:
     """[T,4,4], [T,3,4], or either with a leading batch of 1 -> [T,4,4]."""
     rows = poses[0] if poses.ndim == 4 and len(poses) == 1 else poses
     if rows.ndim != 3 or rows.shape[1:] not in ((3, 4), (4, 4)):
-        raise ValueError(f"{where}: shape {tuple(poses.shape)}, expected [T,4,4] or [T,3,4]")
+        raise ValueError(f"camera poses: shape {tuple(poses.shape)}, expected [T,4,4] or [T,3,4]")
     last = rows.new_tensor([0, 0, 0, 1]).expand(len(rows), 1, 4)
     return rows if rows.shape[1] == 4 else torch.cat([rows, last], dim=1)
 
@@ -147,7 +152,7 @@ def quaternion(rotation: Tensor) -> Tensor:
 
 def rigid(q: Tensor, translation: Tensor) -> Tensor:
     """Unit quaternions [n,4], w first, and translations [n,3] -> poses [n,4,4]."""
-    q = q / q.norm(dim=-1, keepdim=True).clamp(0.99, 1.01)  # files have few digits; `check_poses` refuses worse
+    q = q / q.norm(dim=-1, keepdim=True).clamp(0.99, 1.01)  # files have few digits; `paths.straighten` refuses worse
     eye = torch.eye(3).to(q)[None]
     cross = torch.linalg.cross(q[:, None, 1:], eye).mT  # times a vector: the cross product with it
     rotation = (q * q).sum(-1)[:, None, None] * eye + 2 * q[:, :1, None] * cross + product(2 * cross, cross)
@@ -287,23 +292,21 @@ def eased(chunk: int, length: int) -> Tensor:
     return progress**2 * (3 - 2 * progress)
 
 
-def move_path(text: str, length: int = WINDOW) -> Tensor:
-    """Moves such as "forward 1, yaw -20 + up 0.5, hold", one chunk each -> [length * n, 4, 4]. Lengths are in units (a
-    tenth of the first frame's median depth), of dolly and truck in depths, angles in degrees. Every chunk starts and
-    stops smoothly and goes on from the end of the one before. Raises ValueError naming the word."""
-    poses, start = [], torch.eye(4, dtype=torch.float64)
+def moves(text: str, length: int = WINDOW) -> CameraPath:
+    """Moves such as "forward 1, yaw -20 + up 0.5, hold, zoom 1.5", one chunk of `length` poses each. Lengths are in
+    units (a tenth of the first frame's median depth), of dolly and truck in depths, angles in degrees; zoom is a factor
+    of the focal length. Every chunk starts and stops smoothly and goes on from the end of the one before. Raises
+    ValueError naming the word."""
+    poses, zoom, start, before = [], [], torch.eye(4, dtype=torch.float64), 0.0
     for chunk, phrase in enumerate(text.split(",")):
         progress, move = eased(chunk, length), parse_move(phrase)
         poses.append(motion(circle(start, progress * move[6], progress * move[7]), move[:6], progress))
-        start = poses[-1][-1]
-    return torch.cat(poses).float()
-
-
-def moves(text: str, length: int = WINDOW) -> CameraPath:
-    """The path of `move_path` with its zoom: "zoom 1.5" makes the focal length 1.5 times as long."""
-    poses, zoom, before = move_path(text, length), [], 0.0
-    for chunk, phrase in enumerate(text.split(",")):
-        zoom.append(before + eased(chunk, length) * parse_move(phrase)[8])
-        before = zoom[-1][-1]
+        zoom.append(before + progress * move[8])
+        start, before = poses[-1][-1], zoom[-1][-1]
     factors = torch.cat(zoom).exp().float()
-    return CameraPath(poses, zoom=factors[:, None].expand(-1, 2) if (factors != 1).any() else None)
+    return CameraPath(torch.cat(poses).float(), zoom=factors[:, None].expand(-1, 2) if (factors != 1).any() else None)
+
+
+def move_path(text: str, length: int = WINDOW) -> Tensor:
+    """The poses [length * n, 4, 4] of n `moves`, without their zoom."""
+    return moves(text, length).c2w

@@ -75,13 +75,13 @@ def film(keys: Tensor, seconds: list[float], fps: float) -> Tensor:
     return torch.cat(parts).float()
 
 
-def drive(here: Tensor, there: Tensor, frames: int = WINDOW) -> Tensor:
-    """The poses [frames, 4, 4] of a chunk on the way from one pose to another, with which the next chunk begins: even
+def drive(here: Tensor, there: Tensor) -> Tensor:
+    """The poses [33, 4, 4] of a chunk on the way from one pose to another, with which the next chunk begins: even
     in time, so that equal ways in a row have no seam."""
     here, there = here.cpu().double(), there.cpu().double()
-    share = torch.arange(frames, dtype=torch.float64)[:, None] / frames
+    share = torch.arange(WINDOW, dtype=torch.float64)[:, None] / WINDOW
     step = inverse(here[None])[0] @ there
-    part = turned(share * turn_vector(step[:3, :3]), torch.zeros(frames, 3, dtype=torch.float64))
+    part = turned(share * turn_vector(step[:3, :3]), torch.zeros(WINDOW, 3, dtype=torch.float64))
     part[:, :3, :3] = here[:3, :3] @ part[:, :3, :3]
     part[:, :3, 3] = here[:3, 3] + share * (there[:3, 3] - here[:3, 3])
     return part.float()

@@ -10,7 +10,8 @@ import numpy as np
 
 from files.checkpoint import read_json_value
 from files.cli import note
-from geometry.recording import Recording, focal, number, numbers, pinhole_of, refuse_lens, rigid_rows
+from geometry.camera import focal
+from geometry.recording import Recording, number, numbers, pinhole_of, refuse_lens, rigid_rows
 
 NAN = np.nan
 W2C = ("w2c", "extrinsics", "extrinsic")

@@ -3,11 +3,13 @@
 Every reader (from_json.py, from_text.py, from_arrays.py, from_colmap.py) makes one of these, and paths.py a path of it.
 """
 
-import math
 import re
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+
+from geometry.camera import rigid
 
 
 @dataclass
@@ -47,11 +49,6 @@ def number(data: dict, key: str, where: str, low: float, high: float) -> float:
     return value
 
 
-def focal(degrees: float) -> float:
-    """Focal length in widths of a view of so many degrees across."""
-    return 0.5 / math.tan(math.radians(degrees) / 2)
-
-
 def pinhole_of(K: object, where: str) -> np.ndarray:
     """fx, fy, cx, cy of a matrix [3,3] or [T,3,3], or of such four numbers: [4] or [T,4]."""
     k = numbers(K, where, (3, 3), (-1, 3, 3), (4,), (-1, 4), (1, -1, 3, 3))
@@ -67,11 +64,4 @@ def refuse_lens(model: object, where: str) -> None:
 
 def rigid_rows(q: np.ndarray, position: np.ndarray) -> np.ndarray:
     """Quaternions [T,4], w first and nearly of length one, and positions [T,3] -> matrices [T,4,4]."""
-    length = np.linalg.norm(q, axis=-1, keepdims=True).clip(0.99, 1.01)  # few digits; `check` refuses worse
-    w, x, y, z = (q / length).T
-    rows = np.stack([w * w + x * x - y * y - z * z, 2 * (x * y - z * w), 2 * (x * z + y * w),
-                     2 * (x * y + z * w), w * w - x * x + y * y - z * z, 2 * (y * z - x * w),
-                     2 * (x * z - y * w), 2 * (y * z + x * w), w * w - x * x - y * y + z * z], axis=-1)  # fmt: skip
-    poses = np.tile(np.eye(4), (len(q), 1, 1))
-    poses[:, :3, :3], poses[:, :3, 3] = rows.reshape(-1, 3, 3), position
-    return poses
+    return rigid(torch.from_numpy(q), torch.from_numpy(position)).numpy()

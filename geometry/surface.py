@@ -15,6 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from files.media import fit_image, kept_share, to_u8
+from geometry.camera import focal
 from geometry.known import Known
 from geometry.pi3x import Pi3X
 
@@ -196,7 +197,7 @@ def crop_lens(lens: float | Lens, picture: Image, size: tuple[int, int]) -> Tens
     fy, cx, cy in shares of its width and height."""
     (rows, columns), (height, width) = kept_share(picture, size), size
     if not isinstance(lens, tuple):
-        x = 0.5 / math.tan(math.radians(lens) / 2)
+        x = focal(lens)
         lens = x, x * picture.width / picture.height, 0.5, 0.5
     fx, fy, cx, cy = lens
     cx, cy = (cx - 0.5) / columns + 0.5, (cy - 0.5) / rows + 0.5
@@ -247,16 +248,15 @@ def estimate(network: Pi3X, images: Sequence[Tensor], limit: int | None = None,
     if not all(x.isfinite().any() for x in (prediction.points, prediction.confidence, prediction.c2w)):
         raise ValueError("Pi3X: its geometry is not finite; are its weights damaged?")
     colors = rearrange(to_u8(show(size)), "n c h w -> n h w c")
-    intrinsics, poses = focal_from_rays(prediction.local_points[0]).cpu(), prediction.c2w[0].cpu()
-    maps = prediction.points[0], prediction.local_points[0], prediction.confidence[0].sigmoid()
+    all_points, all_local, confidences = prediction.points[0], prediction.local_points[0], prediction.confidence[0]
+    intrinsics, poses, confidences = focal_from_rays(all_local).cpu(), prediction.c2w[0].cpu(), confidences.sigmoid()
     if seen != size:
         intrinsics = stretch(intrinsics, seen, size)
-        depths, confidences = (resize(x[:, None], size)[:, 0] for x in (maps[1][..., 2], maps[2]))
-        points, local = (torch.stack([unproject(*each) for each in zip(depths, intrinsics, cameras)])
-                         for cameras in (poses, torch.eye(4).expand_as(poses)))
-        maps = points, local, confidences
+        depths, confidences = (resize(x[:, None], size)[:, 0] for x in (all_local[..., 2], confidences))
+        all_points, all_local = (torch.stack([unproject(*each) for each in zip(depths, intrinsics, cameras)])
+                                 for cameras in (poses, torch.eye(4).expand_as(poses)))
     geometries = []
-    for points, local, confidence, K, c2w, rgb in zip(*maps, intrinsics, poses, colors):
+    for points, local, confidence, K, c2w, rgb in zip(all_points, all_local, confidences, intrinsics, poses, colors):
         depth = local[..., 2]
         valid = (confidence > MIN_CONFIDENCE) & local.isfinite().all(-1) & (depth > 0)
         valid = valid & ~mesh_break(points, depth, valid)

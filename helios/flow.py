@@ -21,6 +21,7 @@ from torch import Tensor
 
 from files.checkpoint import read_config, read_json
 from files.machine import send
+from files.settings import require
 
 Velocity = Callable[[Tensor, float, int], Tensor]  # (latents, timestep, step in the stage) -> noise - data, any dtype
 
@@ -43,7 +44,8 @@ class Schedule:
 
     def __post_init__(self):
         cuts = self.stage_range
-        for key, good, expected in (
+        require(
+            self,
             ("sampler", self.sampler in ("dmd", "euler", "unipc"), "dmd, euler or unipc (scheduler_type in the file)"),
             ("num_train_timesteps", self.num_train_timesteps > 1, "at least 2"),
             ("shift", self.shift == 1 or self.shift > 0 and not self.use_dynamic_shifting,
@@ -54,9 +56,7 @@ class Schedule:
             ("time_shift_type", self.time_shift_type in ("linear", "exponential"), "linear or exponential"),
             ("solver_order", self.solver_order > 0, "at least 1"),
             ("solver_type", self.solver_type in ("bh1", "bh2"), "bh1 or bh2"),
-        ):
-            if not good:
-                raise ValueError(f"{key} is {getattr(self, key)!r}, expected {expected}")
+        )
 
 
 def load_schedule(folder: Path) -> Schedule:
@@ -158,18 +158,17 @@ def euler(velocity: Velocity, x: Tensor, times: list[float], sigmas: list[float]
     return x
 
 
-def unipc(velocity: Velocity, x: Tensor, times: list[float], sigmas: list[float], order: int = 2,
-          solver_type: str = "bh2", lower_order_final: bool = True, disable_corrector: tuple[int, ...] = ()) -> Tensor:
+def unipc(velocity: Velocity, x: Tensor, times: list[float], sigmas: list[float], schedule: Schedule) -> Tensor:
     """Each prediction of the data first corrects the step that led to it, unless `disable_corrector` has its index."""
     sigmas = [max(sigma, 1e-8) for sigma in sigmas]  # the log-SNR of 0 is infinite
     known, before, used = [], x, 0  # (sigma, x0) of the last steps; where the last predictor began, and its order
     for k, t in enumerate(times):
         new = sigmas[k], x.sub(velocity(x, t, k), alpha=sigmas[k])
-        if k > 0 and k - 1 not in disable_corrector:
-            x = _unipc_step(before, known[-1], sigmas[k], [*known[-used:-1], new], solver_type)
-        known = [*known, new][-order:]
-        used = min(len(known), len(times) - k) if lower_order_final else len(known)
-        before, x = x, _unipc_step(x, new, sigmas[k + 1], known[-used:-1], solver_type)
+        if k > 0 and k - 1 not in schedule.disable_corrector:
+            x = _unipc_step(before, known[-1], sigmas[k], [*known[-used:-1], new], schedule.solver_type)
+        known = [*known, new][-schedule.solver_order:]
+        used = min(len(known), len(times) - k) if schedule.lower_order_final else len(known)
+        before, x = x, _unipc_step(x, new, sigmas[k + 1], known[-used:-1], schedule.solver_type)
     return x
 
 
@@ -242,9 +241,7 @@ def sample(velocity_for: Callable[[int, torch.Size], Velocity], noise: Tensor, s
     and, beginning with `where`, if a stage ends with numbers that are not finite."""
     if len(steps) != schedule.stages or min(steps) < 1:
         raise ValueError(f"steps per stage are {steps}, expected {schedule.stages} numbers of at least 1")
-    sampler = {"dmd": dmd, "euler": euler, "unipc": partial(
-        unipc, order=schedule.solver_order, solver_type=schedule.solver_type,
-        lower_order_final=schedule.lower_order_final, disable_corrector=schedule.disable_corrector)}[schedule.sampler]
+    sampler = {"dmd": dmd, "euler": euler, "unipc": partial(unipc, schedule=schedule)}[schedule.sampler]
     x, finite, counts = downsample_noise(noise, schedule.stages - 1), [], []
     for stage, count in enumerate(steps):
         mu = shift_mu(x.shape)  # kept for parity: later stages take it from the size that they have before upsampling

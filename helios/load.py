@@ -28,12 +28,10 @@ VAES = ("wan", "taehv", "taehv-decode")
 ROOT = Path(__file__).parents[1] / "weights"
 TRIGGER = "camctl23x."
 NEGATIVE_PROMPT = (  # of the guided models; the one that Wan and Helios were tuned with
-    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static,"
-    " overall gray,"
-    " worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands, poorly"
-    " drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three"
-    " legs, many"
-    " people in the background, walking backwards"
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, static, overall"
+    " gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra fingers, poorly drawn hands,"
+    " poorly drawn faces, deformed, disfigured, misshapen limbs, fused fingers, still picture, messy background, three"
+    " legs, many people in the background, walking backwards"
 )
 
 N = TypeVar("N", bound=Network)
@@ -121,27 +119,26 @@ def embed_prompts(weights: Path, prompts: Iterable[str], device: torch.device | 
     encoder = load_network(UMT5Encoder, weights / "text_encoder", device, memory)
     rows = read_index(weights).max_sequence_length
     embedded = {prompt: encode_prompt(tokenizer, encoder, prompt, rows) for prompt in prompts}
-    for prompt, rows in embedded.items():
-        if not rows.isfinite().all():
+    for prompt, embedding in embedded.items():
+        if not embedding.isfinite().all():
             raise ValueError(f"{weights / 'text_encoder'}: the embedding of {prompt[:60]!r} is not finite; are the"
                              " weights damaged?")
     return embedded
 
 
 def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device: torch.device | str,
-                   memory: str = "full", negative: str = NEGATIVE_PROMPT) -> Prompts:
+                   memory: str = "full") -> Prompts:
     """What one run needs of the text encoder."""
-    return encode_each(weights, [prompt], lora, guided, device, memory, negative=negative)[0]
+    return encode_each(weights, [prompt], lora, guided, device, memory)[0]
 
 
 def encode_each(weights: Path, prompts: list[str], lora: bool, guided: bool, device: torch.device | str,
-                memory: str = "full", embed: Callable[..., dict[str, Tensor]] = embed_prompts,
-                negative: str = NEGATIVE_PROMPT) -> list[Prompts]:
+                memory: str = "full", embed: Callable[..., dict[str, Tensor]] = embed_prompts) -> list[Prompts]:
     """The same for several prompts, with the text encoder read once."""
-    wanted = {*prompts, *(map(add_trigger, prompts) if lora else ()), *([negative] if guided else ())}
+    wanted = {*prompts, *(map(add_trigger, prompts) if lora else ()), *([NEGATIVE_PROMPT] if guided else ())}
     embedded = embed(weights, wanted, device, memory)
     return [Prompts(embedded[prompt], embedded[add_trigger(prompt)] if lora else None,
-                    embedded[negative] if guided else None) for prompt in prompts]
+                    embedded[NEGATIVE_PROMPT] if guided else None) for prompt in prompts]
 
 
 def prompt_at(prompts: list[Prompts], chunk: int, blend: int = 1) -> Prompts:

@@ -185,9 +185,8 @@ class UMT5Encoder(Network):
 
     def forward(self, ids: Tensor) -> Tensor:
         config = self.config
-        buckets = distance_buckets(
-            ids.shape[1], config.relative_attention_num_buckets, config.relative_attention_max_distance, ids.device
-        )
+        buckets = distance_buckets(ids.shape[1], config.relative_attention_num_buckets,
+                                   config.relative_attention_max_distance, ids.device)
         return self.encoder(self.shared(ids), buckets)  # not scaled by sqrt(d_model)
 
 

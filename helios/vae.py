@@ -65,14 +65,14 @@ class VAEConfig:
 
 
 class TimeConv(nn.Conv3d):
-    """Causal 3D convolution: the output at frame t sees frame t and the frames before it."""
+    """Causal 3D convolution: the output at frame t sees frame t and the two before it."""
 
-    def __init__(self, dim_in: int, dim_out: int, taps: int, size: int):
-        super().__init__(dim_in, dim_out, (taps, size, size), padding=(0, size // 2, size // 2))
+    def __init__(self, dim_in: int, dim_out: int, size: int):
+        super().__init__(dim_in, dim_out, (3, size, size), padding=(0, size // 2, size // 2))
 
     def forward(self, frames: Frames, cache: Cache) -> Frames:
         seen = [*cache.get(self, ()), *frames]
-        cache[self] = seen[1 - self.kernel_size[0] :]
+        cache[self] = seen[-2:]
         if len(seen) == 4:
             return self.pair(*seen)
         return [self.combine(seen[:end]) for end in range(len(seen) - len(frames) + 1, len(seen) + 1)]
@@ -127,9 +127,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
         self.norm1 = RMSNorm(dim_in, 3)
-        self.conv1 = TimeConv(dim_in, dim_out, 3, 3)
+        self.conv1 = TimeConv(dim_in, dim_out, 3)
         self.norm2 = RMSNorm(dim_out, 3)
-        self.conv2 = TimeConv(dim_out, dim_out, 3, 3)
+        self.conv2 = TimeConv(dim_out, dim_out, 3)
         self.conv_shortcut = PointConv(dim_in, dim_out) if dim_in != dim_out else nn.Identity()
 
     def forward(self, frames: Frames, cache: Cache) -> Frames:
@@ -169,7 +169,7 @@ class Downsample(nn.Module):
     def __init__(self, dim: int, time: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(dim, dim, 3, stride=2))
-        self.time_conv = TimeConv(dim, dim, 3, 1) if time else None  # with a stride of 2
+        self.time_conv = TimeConv(dim, dim, 1) if time else None  # with a stride of 2
 
     def forward(self, frames: Frames, cache: Cache) -> Frames:
         frames = [self.resample(x) for x in frames]
@@ -200,7 +200,7 @@ class Upsample(nn.Module):
     def __init__(self, dim: int, time: bool):
         super().__init__()
         self.resample = nn.Sequential(nn.Identity(), EnlargingConv(dim, dim // 2))  # numbered as in the checkpoint
-        self.time_conv = TimeConv(dim, 2 * dim, 3, 1) if time else None
+        self.time_conv = TimeConv(dim, 2 * dim, 1) if time else None
 
     def forward(self, frames: Frames, cache: Cache) -> Frames:
         if self.time_conv is None:
@@ -240,7 +240,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
-        self.conv_in = TimeConv(3, dims[0], 3, 3)
+        self.conv_in = TimeConv(3, dims[0], 3)
         self.down_blocks = Layers["ResidualBlock | Downsample"]()  # flat, as in the checkpoint
         for level, (dim_in, dim) in enumerate(pairwise(dims)):
             for block in range(config.num_res_blocks):
@@ -249,7 +249,7 @@ class Encoder(nn.Module):
                 self.down_blocks.append(Downsample(dim, config.temperal_downsample[level]))
         self.mid_block = MidBlock(dims[-1])
         self.norm_out = RMSNorm(dims[-1], 3)
-        self.conv_out = TimeConv(dims[-1], 2 * config.z_dim, 3, 3)
+        self.conv_out = TimeConv(dims[-1], 2 * config.z_dim, 3)
 
     def forward(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:  # [1, 3, H, W] -> [1, 2 * z_dim, H/8, W/8]
         return through((self.conv_in, *self.down_blocks, self.mid_block, self.head), frames)
@@ -275,7 +275,7 @@ class Decoder(nn.Module):
         super().__init__()
         dims = [config.base_dim * mult for mult in reversed(config.dim_mult)]
         doubles_time = config.temperal_downsample[::-1]
-        self.conv_in = TimeConv(config.z_dim, dims[0], 3, 3)
+        self.conv_in = TimeConv(config.z_dim, dims[0], 3)
         self.mid_block = MidBlock(dims[0])
         self.up_blocks = Layers[DecoderLevel]()
         dim_in = dims[0]
@@ -284,7 +284,7 @@ class Decoder(nn.Module):
             self.up_blocks.append(DecoderLevel(dim_in, dim, config.num_res_blocks + 1, upsampler))
             dim_in = dim // 2  # the upsampler halves it
         self.norm_out = RMSNorm(dims[-1], 3)
-        self.conv_out = TimeConv(dims[-1], 3, 3, 3)
+        self.conv_out = TimeConv(dims[-1], 3, 3)
 
     def forward(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:  # [1, z_dim, h, w] -> [1, 3, 8h, 8w]
         return through((self.conv_in, self.mid_block, *chain(*self.up_blocks), self.head), latents)
@@ -306,7 +306,6 @@ class VAE(Network):
         super().__init__()
         self.config = config
         self.channels = config.z_dim
-        self.time_factor = 2 ** sum(config.temperal_downsample)  # 4
         self.space_factor = 2 ** (len(config.dim_mult) - 1)  # 8
         self.encoder = Encoder(config)
         self.quant_conv = PointConv(2 * config.z_dim, 2 * config.z_dim)

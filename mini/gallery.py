@@ -50,7 +50,7 @@ def demo_clip(name: str, size: tuple[int, int]) -> Clip:
     return Clip(*render(scene, c2w, K, size, samples=4), c2w, K, caption(scene))
 
 
-def columns(scene: Scene, weights: Path, seed: int = 0) -> dict[str, np.ndarray]:
+def columns(scene: Scene, weights: Path) -> dict[str, np.ndarray]:
     """The videos of a row by their titles, [33, H, W, 3] uint8."""
     models, options = load_models(Helios, weights, "cpu"), model_options(weights)
     prompts = encode_prompts(weights, scene.clip.caption, False, False, "cpu")
@@ -58,7 +58,7 @@ def columns(scene: Scene, weights: Path, seed: int = 0) -> dict[str, np.ndarray]
               "warp": fill_warp(scene.warp, options.warp_fill).frames}
     for name, changes in WAYS.items():
         warp, changed = (None, options) if changes is None else (scene.warp, replace(options, **changes))
-        videos[name] = generate(models, prompts, scene, seed, warp, changed, None)
+        videos[name] = generate(models, prompts, scene, 0, warp, changed, None)
     videos["truth"] = scene.video
     return {name: to_frames(video) for name, video in videos.items()}
 

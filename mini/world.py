@@ -290,7 +290,7 @@ def make_clip(seed: int, frames: int, size: tuple[int, int] = (64, 96)) -> Clip:
     return Clip(*render(scene, c2w, K, size), c2w, K, caption(scene))
 
 
-def car_roundabout(frames: int = 99, size: tuple[int, int] = (192, 288)) -> Clip:
+def car_roundabout(frames: int, size: tuple[int, int]) -> Clip:
     """The demo clip: a toy car drives round a roundabout on the floor of a playroom, seen by a camera that circles it
     more slowly. Large plain things and a small slow car, for it is wrong in every warp: what a LoRA is to learn from
     the clip is that warps are right."""

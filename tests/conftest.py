@@ -6,8 +6,8 @@ import goldens
 import numpy as np
 import pytest
 import torch
+from goldens import INPUTS, SIZE
 from PIL import Image
-from sampling import INPUTS, SIZE
 
 from files.machine import choose_products
 from geometry import surface
@@ -23,8 +23,7 @@ def page_words(tmp_path, monkeypatch):
     """What the page is started with in a folder of its own: the golden model and picture, and small geometry."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(surface, "map_size", lambda height, width, *limit: (56, 112))  # to be fast
-    with np.load(goldens.HELIOS / "pipeline_inputs.npz") as file:
-        Image.fromarray(file["image"]).save("image.png")
+    Image.fromarray(INPUTS["image"]).save("image.png")
     return ["--weights", str(goldens.DISTILLED), "--size", "64x128", "--image", "image.png", "--prompt", "a car", "--set",
             "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]
 

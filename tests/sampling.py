@@ -2,17 +2,13 @@
 
 import goldens
 import numpy as np
-from goldens import DISTILLED, HELIOS
+from goldens import DISTILLED, HELIOS, INPUTS, SIZE
 from known import load_video
 
 from sample import main
 from wah import Rollout
 
-CASES = goldens.cases(HELIOS / "pipeline_cases.json")
-SIZE = CASES["_common"]["height"], CASES["_common"]["width"]
 SIZED = "x".join(map(str, SIZE))
-with np.load(HELIOS / "pipeline_inputs.npz") as file:
-    INPUTS = dict(file)
 LONG = len(INPUTS["warp"])  # frames
 WEIGHTS = goldens.GEOMETRY / "pi3x_weights.safetensors"
 PI3X = ["--set", f"geometry={WEIGHTS}"]

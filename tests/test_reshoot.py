@@ -9,9 +9,9 @@ import known
 import numpy as np
 import pytest
 import torch
-from goldens import DISTILLED, GEOMETRY
+from goldens import DISTILLED, GEOMETRY, INPUTS, SIZE
 from PIL import Image
-from sampling import INPUTS, SIZE, read, refused, sample, stop_in_chunk
+from sampling import read, refused, sample, stop_in_chunk
 
 import view
 from clips import steady_path

@@ -11,10 +11,10 @@ import goldens
 import numpy as np
 import pytest
 import torch
-from goldens import DISTILLED, HELIOS, check
+from goldens import DISTILLED, HELIOS, SIZE, check
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sampling import LED, PI3X, SIZE, WEIGHTS, read, sample
+from sampling import LED, PI3X, WEIGHTS, read, sample
 from told import small_pi3x
 
 from files.output import Output

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 import torch
-from goldens import DISTILLED, HELIOS, cases, check, tensors
-from training import INPUTS, RANK
+from goldens import DISTILLED, HELIOS, INPUTS, cases, check, tensors
+from training import RANK
 
 from clips import Choices, Condition, Conditions, draw_case, item_order
 from files.checkpoint import load

@@ -14,10 +14,10 @@ import numpy as np
 import peers
 import pytest
 import torch
-from goldens import DISTILLED, GEOMETRY, HELIOS, check, tensors
+from goldens import DISTILLED, GEOMETRY, HELIOS, INPUTS, check, tensors
 from PIL import Image
 from safetensors.torch import save_file
-from training import INPUTS, metrics, read, refused, train_on
+from training import metrics, read, refused, train_on
 
 import clips
 import train

@@ -3,15 +3,12 @@
 import json
 from pathlib import Path
 
-import numpy as np
 from goldens import DISTILLED, GEOMETRY, HELIOS, tensors
 from safetensors import safe_open
 
 from train import main
 
 RANK = len(tensors(HELIOS / "lora_noprefix.safetensors")["blocks.0.attn1.to_q.lora_A.weight"])
-with np.load(HELIOS / "pipeline_inputs.npz") as file:
-    INPUTS = dict(file)
 
 
 def train_on(video, *words, weights=DISTILLED) -> int:

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from goldens import DISTILLED, HELIOS
-from sampling import INPUTS, LED, LONG, LORA, PI3X, WEIGHTS, refused
+from goldens import DISTILLED, HELIOS, INPUTS
+from sampling import LED, LONG, LORA, PI3X, WEIGHTS, refused
 
 
 def poses_with(change) -> None:

@@ -50,8 +50,7 @@ def schedule_of(config: dict) -> Schedule:
 
 def solve(schedule: Schedule, velocity, x, times, sigmas):
     if schedule.sampler == "unipc":
-        return unipc(velocity, x, times, sigmas, schedule.solver_order, schedule.solver_type,
-                     schedule.lower_order_final, schedule.disable_corrector)
+        return unipc(velocity, x, times, sigmas, schedule)
     return {"dmd": dmd, "euler": euler}[schedule.sampler](velocity, x, times, sigmas)
 
 

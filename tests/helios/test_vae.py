@@ -174,7 +174,7 @@ def test_memory_does_not_grow_with_the_length(vae):
 def test_less_arithmetic_than_the_definition_says():
     """Of three time taps a pair of frames costs two each, and of a doubled picture's nine taps four are left."""
     torch.manual_seed(0)
-    conv, frames, cache = TimeConv(4, 5, 3, 3).double(), torch.randn(4, 1, 4, 6, 8).double().split(1), {}
+    conv, frames, cache = TimeConv(4, 5, 3).double(), torch.randn(4, 1, 4, 6, 8).double().split(1), {}
     frames = [frame[0] for frame in frames]
     expected = F.pad(torch.stack(frames, dim=2), (0, 0, 0, 0, 2, 0))
     expected = F.conv3d(expected, conv.weight, conv.bias, padding=conv.padding).unbind(2)
