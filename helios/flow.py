@@ -21,7 +21,6 @@ from torch import Tensor
 
 from files.checkpoint import read_config, read_json
 from files.machine import send
-from files.settings import require
 
 Velocity = Callable[[Tensor, float, int], Tensor]  # (latents, timestep, step in the stage) -> noise - data, any dtype
 
@@ -44,8 +43,7 @@ class Schedule:
 
     def __post_init__(self):
         cuts = self.stage_range
-        require(
-            self,
+        for key, good, expected in (
             ("sampler", self.sampler in ("dmd", "euler", "unipc"), "dmd, euler or unipc (scheduler_type in the file)"),
             ("num_train_timesteps", self.num_train_timesteps > 1, "at least 2"),
             ("shift", self.shift == 1 or self.shift > 0 and not self.use_dynamic_shifting,
@@ -56,7 +54,9 @@ class Schedule:
             ("time_shift_type", self.time_shift_type in ("linear", "exponential"), "linear or exponential"),
             ("solver_order", self.solver_order > 0, "at least 1"),
             ("solver_type", self.solver_type in ("bh1", "bh2"), "bh1 or bh2"),
-        )
+        ):
+            if not good:
+                raise ValueError(f"{key} is {getattr(self, key)!r}, expected {expected}")
 
 
 def load_schedule(folder: Path) -> Schedule:
