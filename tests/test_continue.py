@@ -153,9 +153,3 @@ def test_joining_alone_needs_no_networks(place, monkeypatch):
     assert sample(*words, "--set", "latents=y.safetensors", "--out", "whole.mp4") == 0
     assert np.array_equal(read("out.mp4"), read("whole.mp4"))
     assert torch.equal(load_file("x.safetensors")["latents"], load_file("y.safetensors")["latents"])
-
-
-def test_a_folder_of_that_name_is_left_alone(place, capsys):
-    (place / "out_parts").mkdir()
-    (place / "out_parts" / "0000_video.mp4").write_text("mine")
-    refused(capsys, place, ["--frames", "2"], "out_parts", "did not make")

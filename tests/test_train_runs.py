@@ -362,7 +362,7 @@ def test_recoloured_forms_have_the_bare_trigger(place, monkeypatch):
 
 
 def test_as_a_program(place):
-    """The real command line, without and with what it needs."""
+    """The real command line, without what it needs."""
     program = [sys.executable, train.__file__, "--weights", str(DISTILLED), "--device", "cpu", "--size", "64x64"]
     bad = subprocess.run([*program, "--video", "clip.npy"], capture_output=True, text=True)
     assert bad.returncode == 2 and bad.stderr.count("\n") == 1 and "--depth" in bad.stderr
