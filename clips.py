@@ -189,6 +189,7 @@ def geometry_file(where: Where, *parts: bytes) -> Path:
 
 
 def keep(path: Path, geometries: list[Geometry]) -> None:
+    """Write the geometries of T frames, each field of them as one tensor [T, ...]."""
     names = [field.name for field in fields(Geometry)]
     tensors = {name: torch.stack([getattr(each, name).cpu() for each in geometries]) for name in names}
     with replacing({"file": path}) as files:

@@ -234,6 +234,7 @@ def load_settings(args: argparse.Namespace) -> Settings:
 
 
 def choose_lora(args: argparse.Namespace, settings: Settings, led: bool = True) -> Lora | None:
+    """The run's LoRA, if any; ValueError if it or the networks' configs do not go together, before weights are read."""
     file = find_lora(args.lora, args.weights, led, settings.warp_band)
     lora = None if file is None else load_lora(file, settings.device, network_dtype(settings.device))
     if lora is not None and lora.warp_band != settings.warp_band:
@@ -246,6 +247,7 @@ def choose_lora(args: argparse.Namespace, settings: Settings, led: bool = True) 
 
 
 def choose_size(args: argparse.Namespace) -> tuple[int, int]:
+    """Height and width, asked for or the model's own. Raises ValueError if its schedule cannot have them."""
     size = read_index(args.weights).size if args.size is None else parse_size(args.size)
     multiple = size_multiple(load_schedule(args.weights))
     if any(side % multiple for side in size):

@@ -229,11 +229,13 @@ class Networks:
         self.loaded: Models[Helios] | None = None
 
     def embed(self, weights: Path, wanted: set[str], device: str, memory: str) -> dict[str, Tensor]:
+        """Embeddings [1, rows, text_dim] of all prompts so far, the `wanted` ones among them."""
         if not wanted <= self.embedded.keys():
             self.embedded |= embed_prompts(weights, wanted | self.coming, device, memory, self.load)
         return self.embedded
 
     def give(self, args: argparse.Namespace, job: Job) -> tuple[list[Prompts], Models[Helios]]:
+        """Of one video the prompts, one after another (see `prompt_at`), and the networks."""
         settings = job.settings
         key = args.weights, args.memory, settings.device, settings.vae, settings.compile
         if key != self.key:

@@ -244,9 +244,9 @@ class Rollout:
     # ---- before the first chunk
 
     def start_from_image(self, image: Tensor) -> None:
+        """The image is the first frame, and as a standing video's end the latent before it."""
         options = self.options
         self.first_frame = self.prefix = self.encode(image[:, :, None])
-        # the image as a standing video's end
         fake = self.encode(image[:, :, None].expand(-1, -1, WINDOW, -1, -1))[:, :, -1:]
         if options.image_noise:
             self.prefix = self.noised(self.prefix, options.image_sigma)

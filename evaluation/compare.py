@@ -142,6 +142,7 @@ class Pair:
         return found[: len(self.frames)]
 
     def numbers(self, perceptual: Perceptual | None, pi3x: Callable[[], Pi3X] | None) -> dict[str, float]:
+        """All that can be measured: beside the truth, of the camera if there is a Pi3X, and of the result alone."""
         found = {}
         if self.true_frames is not None:
             found |= measure(self.frames, self.true_frames, self.visible, perceptual)

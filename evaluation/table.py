@@ -34,6 +34,7 @@ def mean_error(values: list[float]) -> tuple[float, float]:
 
 
 def cell(values: list[float], metric: str, signed: bool = False) -> str:
+    """Such as "24.31 ± 0.52"; nothing if no value is finite."""
     mean, error = mean_error(values)
     if math.isnan(mean):
         return ""

@@ -99,8 +99,8 @@ def read_json(path: Path) -> dict:
 
 
 def conform(value: Any, kind: Any) -> Any:
-    """A JSON value as the annotated type of a config's field: lists become tuples. Raises
-    TypeError for another type, a negative integer, a long text, and for numbers that are not finite or beyond 1e9."""
+    """A JSON value as the annotated type of a config's field: lists become tuples. Raises TypeError for another type, a
+    negative integer, a long text, and for numbers that are not finite or beyond 1e9."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return None if value is None else conform(value, inner[0])

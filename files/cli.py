@@ -111,6 +111,7 @@ def note(line: str) -> None:
 
 
 def parse_size(text: str) -> tuple[int, int]:
+    """"384x640" -> height, width. Raises ValueError unless they are even and from 16 to 8192."""
     height, _, width = text.partition("x")
     sides = [int(part) if part.isdecimal() and len(part) < 5 else 0 for part in (height, width)]
     if not all(16 <= side <= 8192 and side % 2 == 0 for side in sides):

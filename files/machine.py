@@ -106,6 +106,7 @@ def free_memory(device: torch.device | str) -> int:
 
 
 def peak_memory(device: str) -> str:
+    """The most that this process has held so far, in words."""
     if torch.device(device).type == "cuda":
         used, taken = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return f"{used / GIB:.2f} GiB of GPU memory ({taken / GIB:.2f} GiB reserved)"
@@ -165,10 +166,11 @@ def describe_machine(device: str) -> str:
 
 
 def check_device(device: str) -> None:
+    """Raises ValueError for a device that torch does not know, or that is not there."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"device {device!r}: expected cpu, mps, cuda or cuda:N")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: there is no such device, or this torch was built without it")
+        raise ValueError("device mps: there is no such device, or this torch was built without it")
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device}: there is no such device, {torch.cuda.device_count()} found")
 

@@ -79,6 +79,7 @@ class Output:
         self.begun = True
 
     def load(self) -> None:
+        """What is there of this video. Raises ValueError if it is another one's, or a chunk's file was changed."""
         state, header = read_state(self.state)
         check_same(self.state, json.loads(header["about"]), self.about, "--continue")
         self.counts, self.pieces = json.loads(header["counts"]), json.loads(header["pieces"])

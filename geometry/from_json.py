@@ -28,10 +28,8 @@ def matrix_rows(values: list, where: str, key: str | None = None) -> np.ndarray:
 
 
 def frame_list(data: dict, key: str, inner: str, where: str) -> list[dict]:
-    """The frames under a key, each with the matrix `inner` and no other one."""
+    """The frames listed under a key, each with the matrix `inner` and no other one."""
     frames = data[key]
-    if not isinstance(frames, list) or not frames:
-        raise ValueError(f"{where}: expected a list of at least 2 poses")
     known = {"c2w", "w2c", "transform_matrix", "camera_to_world", "extrinsic"}
     for index, frame in enumerate(frames):
         found = sorted(known.intersection(frame)) if isinstance(frame, dict) else []
@@ -95,10 +93,8 @@ def common(data: dict, where: str) -> dict:
 
 
 def plain(data: dict, key: str, where: str) -> Recording:
-    matrices = data[key]
-    if not isinstance(matrices, list) or not matrices:
-        raise ValueError(f"{where}: expected a list of at least 2 poses")
-    found = Recording(where, matrix_rows(matrices, where), "w2c" if key in W2C else "c2w", **common(data, where))
+    """Matrices alone, and what stands beside them for all."""
+    found = Recording(where, matrix_rows(data[key], where), "w2c" if key in W2C else "c2w", **common(data, where))
     for name in ("intrinsics", "intrinsic"):
         if name in data:
             lens = pinhole_of(data[name], f"{where}: {name!r}")
@@ -182,7 +178,7 @@ def base_cam(data: dict, key: str, where: str) -> Recording:
 def poses(data: dict, key: str, where: str) -> Recording:
     """Camera-to-world matrices; or Record3D's metadata.json: quaternion x y z w and position in ARKit's axes, and `K`
     column by column."""
-    first = data[key][0] if isinstance(data[key], list) and data[key] else None
+    first = data[key][0]
     if not (isinstance(first, list) and len(first) == 7):
         return plain(data, key, where)
     rows = numbers(data[key], where, (-1, 7))
@@ -280,7 +276,7 @@ def from_json(file: Path) -> Recording:
     (key,) = found
     where = str(file) if key in ("0", "frame0") else f"{file}: {key!r}"
     frames = table[key]
-    if key in ("parameters", "path") and not (isinstance(frames, list) and frames
-                                              and all(isinstance(frame, dict) for frame in frames)):
+    listed = key in ("0", "frame0") or isinstance(frames, list) and frames
+    if not listed or key in ("parameters", "path") and not all(isinstance(frame, dict) for frame in frames):
         raise ValueError(f"{where}: expected a list of at least 2 poses")
     return JSON[key](table, key, where)

@@ -70,6 +70,7 @@ def straighten(poses: np.ndarray, convention: str, name: Name) -> tuple[np.ndarr
 
 
 def to_c2w(poses: np.ndarray, convention: str) -> np.ndarray:
+    """Poses [T,4,4] of a `Recording`'s convention as camera-to-world in OpenCV axes."""
     if convention == "w2c":
         return inverse(torch.from_numpy(poses)).numpy()
     if convention in AXES:

@@ -43,6 +43,7 @@ def numbers(value: object, where: str, *shapes: tuple[int, ...]) -> np.ndarray:
 
 
 def number(data: dict, key: str, where: str, low: float, high: float) -> float:
+    """A file's value as a number. Raises ValueError unless it is one from `low` to `high`."""
     value = data.get(key)
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not low <= value <= high:
         raise ValueError(f"{where}: {key} is {repr(value)[:60]}, expected a number from {low} to {high}")

@@ -158,7 +158,8 @@ def euler(velocity: Velocity, x: Tensor, times: list[float], sigmas: list[float]
     return x
 
 
-def unipc(velocity: Velocity, x: Tensor, times: list[float], sigmas: list[float], schedule: Schedule) -> Tensor:
+def unipc(velocity: Velocity, x: Tensor, times: list[float], sigmas: list[float],
+          schedule: Schedule = Schedule()) -> Tensor:
     """Each prediction of the data first corrects the step that led to it, unless `disable_corrector` has its index."""
     sigmas = [max(sigma, 1e-8) for sigma in sigmas]  # the log-SNR of 0 is infinite
     known, before, used = [], x, 0  # (sigma, x0) of the last steps; where the last predictor began, and its order
