@@ -45,8 +45,6 @@ class Studio:
         self.size = job.choose_size(args)
         self.lora = job.choose_lora(args, self.settings)
         allow_tf32(self.settings.tf32)
-        self.models = load_models(Helios, args.weights, self.settings.device, args.memory,
-                                  self.settings.vae)
         self.worker = ThreadPoolExecutor(max_workers=1)
         self.folder = tempfile.TemporaryDirectory()  # of pictures that were sent
         self.changed: list[Callable[[], None]] = []
@@ -56,6 +54,7 @@ class Studio:
         self.worlds = 0
         self.prompts: tuple[str, Prompts] | None = None
         self.open(args.image, args.depth)
+        self.models = load_models(Helios, args.weights, self.settings.device, args.memory, self.settings.vae)
 
     def open(self, image: Path | None, depth: Path | None = None) -> None:
         """Another picture, or the clip that the words name; the old world is forgotten. Raises ValueError or OSError,
@@ -63,6 +62,7 @@ class Studio:
         video = self.args.video if image is None else None
         known = {"image": image, "depth": depth, "video": video, "move": "hold"}
         words = argparse.Namespace(**{**vars(self.args), **known})
+        job.check(words, self.settings)
         frames = 2 * WINDOW if video is None else job.count_frames(video, None)
         still = CameraPath(torch.eye(4).repeat(2, 1, 1))
 

@@ -28,6 +28,7 @@ from geometry.surface import transform
 from studio import FPS, Studio
 
 NAMES = {"up": "rise", "down": "sink"}  # of buttons
+UNUSED = ("--poses", "--move", "--warp", "--frames", "--out", "--list", "--continue")  # words of sample.py
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -249,9 +250,17 @@ def parse(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=8080)
     parser.add_argument("--token", help="a word that the page asks for")
     mine, rest = parser.parse_known_args(words)
+    if not 0 <= mine.port < 2**16:
+        parser.error(f"--port {mine.port}: expected a number from 0 to 65535")
+    for word in rest:
+        if word.partition("=")[0] in UNUSED:
+            parser.error(f"{word}: not of the page, which starts without a path and saves with its buttons")
     args = sample.parse(rest)
     if args.image is None and args.video is None:
-        vars(args).update({name: sample.DEMO[name] for name in ("image", "depth", "prompt")})
+        if args.depth is not None:
+            parser.error("--depth needs the picture that it is of: --image")
+        vars(args).update(image=sample.DEMO["image"], depth=sample.DEMO["depth"],
+                          prompt=args.prompt or sample.DEMO["prompt"])
     return argparse.Namespace(**{**vars(args), "poses": None, **vars(mine)})
 
 

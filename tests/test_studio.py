@@ -164,8 +164,22 @@ def test_other_words_from_the_next_chunk_on(studio):
     assert (made[0][:33] == made[1][:33]).all() and (made[0][33:] != made[1][33:]).any()
 
 
-@pytest.mark.parametrize("words, said", [(["--host", "0.0.0.0"], "--token"), (["--image", "none.png"], "none.png")])
-def test_bad_words(capsys, words, said):
-    assert view.main([*words, "--weights", str(DISTILLED)]) == 2
+@pytest.mark.parametrize("words, said", [
+    (["--host", "0.0.0.0"], "--token"), (["--image", "none.png"], "none.png"), (["--port", "99999"], "0 to 65535"),
+    (["--image", "image.png", "--move", "yaw 20"], "--move: not of the page"), (["--out=a.mp4"], "--out=a.mp4: not of"),
+    (["--depth", "d.png"], "--depth needs"), (["--set", "device=cuda:99"], "device cuda:99"),
+    (["--set", "steps=3"], "steps: 1 numbers"),
+])  # fmt: skip
+def test_bad_words(capsys, page_words, words, said):
+    """One line, before the weights are read."""
+    try:
+        status = view.main([*words, "--weights", str(DISTILLED)])
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("view.py: error: ") and said in error
+
+
+def test_the_demo_keeps_the_users_words(page_words):
+    assert view.parse(["--prompt", "a car"]).prompt == "a car" and "square" in view.parse([]).prompt
