@@ -19,7 +19,7 @@ from clips import files_beside, find_video, given_geometry, steady_path
 from files.checkpoint import build, weight_files
 from files.cli import check_frames, parse_size
 from files.machine import check_device, default_device, network_dtype
-from files.media import fit_image, is_video, load_image, read_frames, read_mask, resize_frame
+from files.media import fit_image, is_video, load_image, read_frames, read_mask, resize_frame, tell_shape
 from files.settings import parse_settings, read_part, require
 from files.video import is_film, read_rate
 from geometry.camera import WINDOW, CameraPath, describe, hold, resolve_lens, retime
@@ -296,6 +296,7 @@ def start_clip(args: argparse.Namespace, settings: Settings, size: tuple[int, in
                file: Path | None, pi3x: Callable[[], Pi3X] | None) -> Start:
     """The first of a clip's `frames`, and the camera in the geometry of all; says where that comes from."""
     first, limit = Image.fromarray(next(read_frames(args.video))), settings.geometry_pixels
+    tell_shape(args.video, first, size)
     poses, depth = clip_files(args, settings) or (None, None)
     if depth is None and pi3x is not None:
         together = (settings.keyframes or read_index(args.weights).keyframes) > 1
@@ -331,6 +332,7 @@ def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, in
     if args.video is not None:
         return start_clip(args, settings, size, path, frames, file, pi3x)
     picture = load_image(args.image)
+    tell_shape(args.image, picture, size)
     rendering, limit = RenderSettings(settings.samples), settings.geometry_pixels
     if args.depth is None and pi3x is not None:
         image = fit_image(picture, size).to(settings.device)
@@ -390,7 +392,9 @@ def prepare(args: argparse.Namespace, settings: Settings) -> Job:
     elif args.video is not None:
         start = start_video(args.video, size)
     if args.image is not None and not along:
-        start = Start(fit_image(load_image(args.image), size, crop=False))
+        picture = load_image(args.image)
+        tell_shape(args.image, picture, size, crop=False)
+        start = Start(fit_image(picture, size, crop=False))
     if not led:
         controls = (Control() for _ in range(-(-frames // WINDOW)))
     return Job(settings, size, frames, fps, start, controls, led, lora, path, filmed, file, pi3x)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from files.cli import check_frames, existing, given_path, parse_size, run_program
 from files.draw import contact_sheet, evenly_spaced, plan, save_ply, save_png
-from files.media import fit_image, load_image, resize_frame, to_frames, to_u8
+from files.media import fit_image, load_image, resize_frame, tell_shape, to_frames, to_u8
 from files.video import VideoWriter, try_encoder
 from files.writing import beside, check_outputs, replacing
 from geometry.camera import VERBS, CameraPath, describe, hold, inverse, normalize, product, retime, scale_translation
@@ -359,6 +359,7 @@ def preview_geometry(args: argparse.Namespace, path: CameraPath,
                      size: tuple[int, int]) -> tuple[Geometry, float, str]:
     """The picture's geometry, the length of the path's unit, and where they come from."""
     picture, fov = load_image(args.image), read_fov(args.fov)
+    tell_shape(args.image, picture, size)
     if args.geometry is None:
         return given_scene(picture, path, args.depth, size, fov, args.inverse_depth, args.unit)[1:]
     (geometry,) = estimate(load_pi3x(args.geometry), [fit_image(picture, size)])

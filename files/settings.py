@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -61,9 +62,11 @@ def parse_settings(words: list[str], defaults: D) -> D:
     names, values = setting_names(defaults), {}
     kinds = get_type_hints(type(defaults))
     for word in words:
-        name, _, text = word.partition("=")
-        if name not in names:
-            raise ValueError(f"--set {word}: expected NAME=VALUE, where NAME is one of {', '.join(names)}")
+        name, given, text = word.partition("=")
+        if name not in names or not given:
+            near = get_close_matches(name.strip().lower(), names)
+            likely = f", perhaps {' or '.join(near)}" if near else ""
+            raise ValueError(f"--set {word}: expected NAME=VALUE with the name of a setting{likely} (docs/options.md)")
         try:
             values[name] = read_value(text, kinds[name])
         except (KeyError, ValueError):

@@ -59,7 +59,8 @@ def resolve_lens(path: CameraPath, width: int, height: int,
         return (x, y[0] if y else x * width / height, 0.5, 0.5), f"field of view {(fov or (55.0,))[0]:g} degrees"
     (fx, fy, cx, cy), aspect, words = path.lens, width / height, ""
     w, h = path.size or (2 * cx, 2 * cy)
-    if path.size is None and abs(w / h / aspect - 1) > 0.02:  # not the middle, so it must be the picture's own pixels
+    if path.size is None and abs(w / h / aspect - 1) > 0.02 and cx < width and cy < height:
+        # not the middle, so it must be the picture's own pixels
         (w, h), words = (width, height), ", principal point off the middle"
     squeeze = fy / fx if fx > 0 and fy > 0 else 1.0  # of pixels that are not square
     fx = fx if fx > 0 else fy

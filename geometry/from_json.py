@@ -141,12 +141,13 @@ def worldplay(data: dict, key: str, where: str) -> Recording:
     name, and `K` is of a picture whose middle is its principal point."""
     listed = {"frames": [data.get(str(index)) for index in range(sum(map(str.isdecimal, data)))]}
     frames = frame_list(listed, "frames", "extrinsic", where)
-    lens = None
+    lens = size = None
     if any("K" in frame for frame in frames):
         lens = np.stack([pinhole_of(frame.get("K"), f"{where}, frame {index}: 'K'")
                          for index, frame in enumerate(frames)])
+        size = tuple(2 * lens[0, 2:]) if lens[0, 2] > 1 else None  # else in shares of the picture
     return Recording(where, matrix_rows(frames, where, "extrinsic"), "c2w", latents=True,
-                     **{"lens": lens, "fps": 24} | common(data, where))
+                     **{"lens": lens, "size": size, "fps": 24} | common(data, where))
 
 
 def open3d(data: dict, key: str, where: str) -> Recording:

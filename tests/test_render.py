@@ -353,6 +353,13 @@ def test_the_flag_beats_the_file(tmp_path, capsys):
     assert "field of view 55 degrees" in capsys.readouterr().out
 
 
+def test_a_tall_picture_is_told_to_be_cut(tmp_path, capsys):
+    Image.new("RGB", (60, 120)).save(tmp_path / "tall.png")
+    words = ["--image", str(tmp_path / "tall.png"), "--move", "hold", "--frames", "1", "--size", "64x96"]
+    assert render.main([*words, "--out", str(tmp_path / "w.mp4")]) == 0
+    assert "tall.png: 60 wide and 120 high" in capsys.readouterr().err
+
+
 def test_stopping_leaves_nothing(tmp_path, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sampling import LED, PI3X, WEIGHTS, read, sample
 from told import small_pi3x
 
+from files.cli import note
 from files.output import Output
 from geometry.pi3x import load_pi3x
 from helios.load import load_models
@@ -279,6 +280,20 @@ def test_same_seed_same_video(place):
         assert sample(*words, f"seed={seed}") == 0
         made.append(load_file("x.safetensors")["latents"])
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--move", "hold"], "cut off"), ([], "stretched to 3 times"), (["--warp", "warp.npy"], "stretched to 3 times"),
+])  # fmt: skip
+def test_another_shape_is_told(place, capsys, monkeypatch, words, said):
+    """Before anything is made of it."""
+    note.cache_clear()
+    Image.new("RGB", (40, 60)).save("tall.png")
+    monkeypatch.setattr("sample.generate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample("--image", "tall.png", *words, "--frames", "2")
+    assert f"tall.png: 40 wide and 60 high; for --size {SIZE[0]}x{SIZE[1]}" in (error := capsys.readouterr().err)
+    assert said in error
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "I;16"])

@@ -13,6 +13,8 @@ import pytest
 import sample
 import train
 from files.cli import deferred_interrupt, explain, parse_size, run_program
+from files.settings import parse_settings
+from job import Settings
 
 
 def said(capsys, program, words: list[str]) -> str:
@@ -41,6 +43,16 @@ def test_an_option_that_is_also_a_setting_stays_one():
 @pytest.mark.parametrize("words", [["--keyframes"], ["--video", "x.mp4", "--seed"]])
 def test_a_setting_without_a_value(capsys, words):
     assert f"{words[-1]}: expected a value" in said(capsys, sample, words)
+
+
+@pytest.mark.parametrize("words, said", [
+    (["step=2"], "--set step=2: expected NAME=VALUE with the name of a setting, perhaps steps"),
+    (["Seed=1"], "perhaps seed"), (["steps", "2"], "--set steps: expected NAME=VALUE"), (["=1"], "setting (docs/"),
+])  # fmt: skip
+def test_a_setting_that_is_none(words, said):
+    with pytest.raises(ValueError) as error:
+        parse_settings(words, Settings())
+    assert said in str(error.value) and len(str(error.value)) < 120
 
 
 @pytest.mark.parametrize("program, words, parts", [

@@ -33,6 +33,18 @@ def test_stretch_keeps_the_whole_picture():
     assert media.fit_image(Image.fromarray(picture), (32, 32))[0, 0, :, [0, -1]].max() < -0.9
 
 
+@pytest.mark.parametrize("shape, size, crop, said", [
+    ((90, 160), (64, 64), True, "x.png: 90 wide and 160 high; for --size 64x64 (height x width) 44% of it are cut off\n"),
+    ((90, 160), (64, 64), False, "stretched to 1.78 times its shape"), ((300, 100), (64, 64), True, "67% of it"),
+    ((160, 90), (384, 640), True, ""), ((160, 90), (384, 640), False, ""),
+])  # fmt: skip
+def test_a_crop_is_told(capsys, shape, size, crop, said):
+    """Of a tenth or more; it is that of `fit_image`."""
+    media.tell_shape("x.png", Image.new("RGB", shape), size, crop)
+    error = capsys.readouterr().err
+    assert said in error if said else not error
+
+
 def test_pictures_of_every_mode(tmp_path):
     gray = (np.arange(12, dtype=np.uint8) * 20).reshape(3, 4)
     color = RNG.integers(0, 256, (3, 4, 3), dtype=np.uint8)

@@ -68,6 +68,7 @@ def test_a_moving_principal_point_is_named(tmp_path, capsys):
     ({"camera_angle_y": math.pi / 2}, (640, 384), (0.3, 0.5, 0.5, 0.5)),
     ({"fl_x": 320, "cx": 320, "cy": 192}, (1280, 768), (0.5, 0.5 / 0.6, 0.5, 0.5)),  # no size: the middle tells
     ({"fl_x": 320, "cx": 100, "cy": 192}, (640, 384), (0.5, 0.5 / 0.6, 100 / 640, 0.5)),  # off it: the picture's pixels
+    ({"fl_x": 960, "cx": 960, "cy": 540}, (500, 500), (0.5, 0.5, 0.5, 0.5)),  # outside of the picture: another one's
     ({"fl_x": 960, "fl_y": 960, "w": 1920, "h": 1080}, (500, 500), (0.5, 0.5, 0.5, 0.5)),  # another shape: horizontally
     ({}, (640, 384), (0.9605, 1.6008, 0.5, 0.5)),  # nothing said: 55 degrees
 ])  # fmt: skip
@@ -75,7 +76,18 @@ def test_views(tmp_path, keys, picture, expected):
     lens, said = resolve_lens(load_path(save(tmp_path, transforms(C2W, **keys))), *picture)
     check("Pose files, views", torch.tensor(lens), torch.tensor(expected), 1e-4)
     assert ("middle" in said) == (keys.get("cx") == 100 and "w" not in keys)
-    assert ("1.78 times as wide as high, this one is 1" in said) == (keys.get("w") == 1920)
+    assert ("1.78 times as wide as high, this one is 1" in said) == (keys.get("fl_x") == 960)
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_the_view_of_a_pose_a_latent(tmp_path, shares):
+    """HY-WorldPlay's K: its principal point is the middle of a picture of any shape, or it is in shares of yours."""
+    view = [[0.5, 0, 0.5], [0, 0.5 / 9 * 16, 0.5], [0, 0, 1]] if shares else [[960, 0, 960], [0, 960, 540], [0, 0, 1]]
+    path = load_path(save(tmp_path, {str(i): {"extrinsic": c2w.tolist(), "K": view} for i, c2w in enumerate(C2W)}))
+    for width, height in ((1920, 1080), (320, 240), (2000, 2000)):
+        lens, said = resolve_lens(path, width, height)
+        check("Pose files, views", torch.tensor(lens), torch.tensor([0.5, 0.5 * width / height, 0.5, 0.5]), 1e-4)
+        assert ("1.78 times" in said) == (width != 1920)
 
 
 def test_the_users_view_counts():
