@@ -67,8 +67,6 @@ from model import Helios
 from wah import Chunk, Options, Rollout
 
 DATA = Path(__file__).parent / "data"
-
-
 DEMO = {
     "image": DATA / "plaza.png",
     "depth": DATA / "plaza_depth.png",
@@ -76,7 +74,6 @@ DEMO = {
     "prompt": "a square with wooden brown ground between houses, a marbled teal lamp, a checked red ball, a leafy gray"
     " ball, a marbled white ball, a checked dark lime box, a pink box",
 }
-
 
 HELP = """settings (--NAME VALUE, or --set NAME=VALUE ...), and what they are else:
   geometry=FILE keyframes=8 fov=55     Pi3X weights; pictures it sees at once; the picture's field of view

@@ -8,7 +8,6 @@ DAVIS and RealEstate10K have no captions: prompts.csv in the folder gives them (
 names are the prompts. Which of their videos the paper took is not known: `--names` chooses.
 """
 
-import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from evaluation.compare import STRIDE, cameras
 from evaluation.navigation import read_keys, wanted_path
 from files.cli import note
 from files.media import from_frames, is_picture, natural_order
+from files.table import read_table
 from files.writing import replacing
 from geometry.camera import DEPTH, WINDOW, normalize, path_error
 from geometry.paths import load_path
@@ -43,13 +43,9 @@ class Case:
 
 
 def read_prompts(data: Path) -> dict[str, str]:
+    """Name -> prompt, where the folder has them."""
     file = data / "prompts.csv"
-    if not file.is_file():
-        return {}
-    with open(file, newline="", encoding="utf-8-sig") as lines:
-        rows = list(csv.DictReader(lines))
-    if not rows or not {"name", "prompt"} <= rows[0].keys():
-        raise ValueError(f"{file}: expected the columns name and prompt, and at least one row")
+    rows = read_table(file, ("name", "prompt"), dict) if file.is_file() else []
     return {row["name"]: row["prompt"] or "" for row in rows}
 
 

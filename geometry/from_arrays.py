@@ -47,14 +47,14 @@ def from_arrays(file: Path) -> Recording:
     beside = next((key for key in LENSES if key in arrays), None)
     near = file.with_name("intrinsics.npy")
     if beside is None and near != file and near.is_file():
-        found.lens = pinhole_of(np.asarray(read_arrays(near)[""]), str(near))
+        found.lens = pinhole_of(read_arrays(near)[""], str(near))
     elif beside is not None:
-        found.lens = pinhole_of(np.asarray(arrays[beside]), f"{file}: {beside!r}")
+        found.lens = pinhole_of(arrays[beside], f"{file}: {beside!r}")
     if found.lens is not None and "depth" in arrays and name != "data":
         height, width = arrays["depth"].shape[-2:]
         found.size = (width, height) if min(height, width) > 16 else None
     if "fps" in arrays:
-        found.fps = float(numbers(np.asarray(arrays["fps"]).reshape(-1), f"{file}: 'fps'", (1,))[0])
+        found.fps = float(numbers(arrays["fps"].reshape(-1), f"{file}: 'fps'", (1,))[0])
         if not 1 <= found.fps <= 240:
             raise ValueError(f"{file}: fps is {found.fps:g}, expected a number from 1 to 240")
     return found

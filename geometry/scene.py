@@ -36,20 +36,19 @@ def known_lens(picture: Image, path: CameraPath, size: tuple[int, int],
     return crop_lens(lens, picture, size), f", {words}"
 
 
-def depth_lens(path: str | Path | None, size: tuple[int, int]) -> dict:
+def depth_lens(path: Path, size: tuple[int, int]) -> dict:
     """`lens` and `size` of a CameraPath, where an archive states them beside its depth: `fov` (horizontal degrees),
     `focallength_px` of the map's `size` [h,w], or `intrinsics` in its pixels or in shares."""
-    arrays = {}
-    if path is not None and Path(path).read_bytes()[:2] == b"PK":
-        arrays = read_arrays(path)
+    with open(path, "rb") as file:
+        arrays = read_arrays(path) if file.read(2) == b"PK" else {}
     height, width = size
-    if "fov" in arrays and np.asarray(arrays["fov"]).size == 1:
-        return square_lens(float(np.asarray(arrays["fov"]).item()))
+    if "fov" in arrays and arrays["fov"].size == 1:
+        return square_lens(arrays["fov"].item())
     if "focallength_px" in arrays:
-        focal = float(np.asarray(arrays["focallength_px"]).reshape(-1)[0])
+        focal = float(arrays["focallength_px"].flat[0])
         return {"lens": (focal, focal, np.nan, np.nan), "size": (width, height)}
     if "intrinsics" in arrays:
-        fx, fy, cx, cy = pinhole_of(np.asarray(arrays["intrinsics"]), str(path)).reshape(-1, 4)[0].tolist()
+        fx, fy, cx, cy = pinhole_of(arrays["intrinsics"], str(path)).reshape(-1, 4)[0].tolist()
         if 0 < cx < 1 and 0 < cy < 1:
             fx, fy, cx, cy = fx * width, fy * height, cx * width, cy * height
         if min(fx, fy, cx, cy) > 1:
