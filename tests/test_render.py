@@ -375,21 +375,6 @@ def test_a_missing_argument_is_one_line(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["--move", "fly 1"], "unknown verb 'fly'"), (["--move", "hold", "--size", "64"], "HEIGHTxWIDTH"),
-    (["--move", "hold", "--size", "65x96"], "even"), (["--poses", "nowhere.npz"], "nowhere.npz"),
-    (["--move", "hold", "--depth", "nowhere.npy"], "nowhere.npy"), (["--move", "hold", "--fov", "180"], "fov"),
-    (["--move", "hold", "--frames", "0"], "frame"), (["--move", "hold", "--out", "/no/such/folder/w.mp4"], "folder"),
-    (["--move", "hold", "--out", "w.avi"], "mp4"), (["--move", ""], "unknown verb"),
-    (["--move", "hold", "--size", "999999x999999"], "8192"),
-])  # fmt: skip
-def test_preview_errors(tmp_path, capsys, arguments, message):
-    assert run(tmp_path, *arguments) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("render.py: error: ") and message in lines[0]
-    assert [p.name for p in tmp_path.iterdir()] == ["in.png"]
-
-
 # ---- the same bits on every CPU
 
 

@@ -252,29 +252,15 @@ def test_curve():
 
 @pytest.mark.parametrize("words, parts", [
     (["--set", "rank=0"], ["rank is 0", "at least 1"]),
-    (["--set", "lr=-1"], ["lr is -1", "more than 0"]),
-    (["--set", "lr=nan"], ["lr=nan"]),
-    (["--set", "lr"], ["lr"]),
     (["--set", "rank=big"], ["rank=big", "32", "int"]),
     (["--set", "color=red"], ["color=red", "rank"]),
     (["--set", "future_count=2"], ["future_count=2", "1,2"]),
-    (["--set", "future_count=3,2"], ["future_count is 3,2"]),
     (["--set", "stages=3"], ["stages", "0 to 2"]),
-    (["--set", "decay=slow"], ["decay is slow", "cosine"]),
-    (["--set", "drop=maybe"], ["drop=maybe"]),
-    (["--size", "64x65"], ["64x65"]),
     (["--size", "64x32"], ["64x32", "64"]),
-    (["--device", "tpu"], ["tpu"]),
-    (["--device", "cuda:77"], ["cuda:77"]),
-    (["--set", "warp_sigma=0.2,0.1"], ["warp_sigma is 0.2,0.1"]),
     (["--prompt", "a", "--prompt", "b"], ["--prompt", "2 times"]),
-    (["--geometry", "none.safetensors"], ["none.safetensors"]),
-    (["--geometry", "clip.npy"], ["clip.npy"]),
-    (["--out", "clip.npy/run"], ["clip.npy/run"]),
-    (["--out", "clip.npy"], ["clip.npy"]),
-    (["--resume"], ["--resume", "state.safetensors"]),
 ])
 def test_bad_words(capsys, place, words, parts):
+    """What the line says beyond the name; all else that is bad is in faults/test_bad_words.py."""
     refused(capsys, "clip.npy", words, *parts)
 
 

@@ -47,7 +47,7 @@ OUTS = ["o.txt", "o", "no/such/o.mp4", ".mp4", "folder/.mp4", "/proc/o.mp4", "im
 MOVES = ["", "fly 3", "forward", "forward one", "forward 1 2", "forward nan", "yaw inf", "forward 1,, yaw 2", "+", "forward 1 +",
          "hold 3 forward", "forward 1e400"]
 MORE = {  # program, option -> bad values
-    ("sample", "--size"): SIZES, ("render", "--size"): SIZES, ("train", "--size"): SIZES,
+    ("sample", "--size"): [*SIZES, "64x100"], ("render", "--size"): SIZES, ("train", "--size"): [*SIZES, "64x32"],
     ("sample", "--frames"): FRAMES, ("render", "--frames"): FRAMES, ("native", "--frames"): FRAMES,
     ("render", "--fps"): RATES, ("sample", "--fps"): RATES,
     ("sample", "--out"): OUTS, ("render", "--out"): OUTS,
@@ -81,7 +81,7 @@ SETTINGS = {  # program, setting -> bad values
     ("train", "lr"): ["0", "-1", "nan", "inf", "x"], ("train", "warmup"): ["-1", "x"], ("train", "decay"): ["slow", ""],
     ("train", "stages"): ["3", "-1", "", "x", "0,9"], ("train", "history"): ["-1,2,1", "1,2"], ("train", "threshold"): SHARE,
     ("train", "reverse"): SHARE, ("train", "future_count"): ["2", "3,2", "0,1", "1,99"], ("train", "forms"): ["0", "13", "x"],
-    ("train", "seed"): ["-1", str(2**63), "x"], ("train", "position"): ["left"], ("train", "density"): ["thick"],
+    ("train", "seed"): ["-1", str(2**63), "x"], ("train", "warp_sigma"): ["0.2,0.1", "0.1"], ("train", "position"): ["left"], ("train", "density"): ["thick"],
     ("train", "levels"): ["high"], ("train", "nosuch"): ["1"], ("train", "drop"): ["maybe"], ("train", "clip"): ["0", "nan"],
 }
 PAIRS = [  # program, words in place of the base's, what the line names
