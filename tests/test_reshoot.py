@@ -290,12 +290,8 @@ def test_a_path_from_a_clip_needs_a_network_that_knows_cameras(place_of, capsys)
 
 @pytest.mark.parametrize("words, parts", [
     (["--image", "clip.mp4", "--move", "hold"], ["--image clip.mp4", "--video clip.mp4"]),
-    (["--image", "clip.npy"], ["--video clip.npy"]),
-    (["--video", "none.mp4", "--move", "hold"], ["none.mp4"]),
-    (["--video", "clip.mp4", "--warp", "clip.npy"], ["--image"]),
     ([*AGAIN, "--frames", "41"], ["clip.mp4", "40", "41"]),
     ([*AGAIN, "--set", "relative=last"], ["relative", "clip or first"]),
-    ([*AGAIN, "--set", "fps=0"], ["fps"]),
     (["--video", "clip.mp4", "--set", "relative=first"], ["relative", "camera path"]),
     (["--video", "clip.mp4", "--move", "hold", "--set", "poses_of_clip=camera.json"], ["poses_of_clip", "--depth"]),
     ([*AGAIN, "--set", "poses_of_clip=none.json"], ["none.json"]),
