@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -32,9 +33,9 @@ from helios.lora import Lora, load_lora
 from helios.taehv import TAEHV
 from helios.vae import VAE
 from memory import Camera
-from mini.known import Scene, camera_error, ghost, make_scene, suits
+from mini.known import Scene, camera_error, ghost, scene_of, suits
 from mini.pretrain import HELD_OUT
-from mini.world import make_clip
+from mini.world import make_clip, make_scene
 from model import Helios
 from render import RenderSettings, Warp, fill_warp
 from wah import Options, Rollout, model_options
@@ -154,21 +155,23 @@ def judge(seed: int, trial: Trial) -> None:
     models, defaults = load_models(Helios, trial.weights, "cpu"), model_options(trial.weights)
     remember_encodings(models.vae)
     geometry = find_pi3x(None, trial.weights)
-    scene = make_scene(seed, None if geometry is None else load_pi3x(geometry), read_index(trial.weights).size)
-    prompts = encode_prompts(trial.weights, scene.clip.caption, bool(trial.loras), defaults.guidance > 1, "cpu")
+    clip = make_clip(seed, WINDOW, read_index(trial.weights).size)
+    scene = scene_of(clip, None if geometry is None else load_pi3x(geometry))
+    prompts = encode_prompts(trial.weights, clip.caption, bool(trial.loras), defaults.guidance > 1, "cpu")
     loras = {path: load_lora(path) for path in trial.loras}
     made = {} if trial.full else {name: [video] for name, video in bounds(scene, models).items()}
     for name, warp, way in all_ways(scene, trial, defaults.warp_fill):
         options = replace(defaults, **way.options)
         lora = None if way.lora is None else loras[way.lora]
         made[name] = [generate(models, prompts, scene, each, warp, options, lora) for each in range(trial.seeds)]
-    truth, visible = scene.clip.frames.numpy(), scene.warp.visible[0, 0].numpy() > 0
+    truth, visible = clip.frames.numpy(), scene.warp.visible[0, 0].numpy() > 0
     results = {}
     for name, videos in made.items():
         frames = [to_frames(video) for video in videos]
         each = [numbers(video, truth, visible) for video in frames]
         results[name] = {metric: float(np.mean([one[metric] for one in each if metric in one])) for metric in each[0]}
-        results[name] |= camera_error(videos[0], scene, trial.found) if trial.found else {}
+        if trial.found:
+            results[name] |= camera_error(videos[0], make_scene(Random(seed)), clip, trial.found)
         save_video(trial.video(name, seed), frames[0])
     walks = {f"full, {defaults.warp_fill} filling" + (f", LoRA {path.stem}" if path else ""):
              walk(seed, trial, models, prompts, loras[path] if path else None, defaults)

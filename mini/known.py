@@ -7,7 +7,6 @@ small Pi3X sees in the first frame. Their holes are black; what fills them is an
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from random import Random
 
 import numpy as np
 import torch
@@ -28,11 +27,12 @@ NUDGE = torch.tensor([0.02, 0.02, 0.02, 0.06, 0.06, 0.06])  # radians and meters
 
 @dataclass(frozen=True)
 class Scene:
+    """A chunk's clip of the world, beside what may lead it."""
+
     clip: Clip
     video: Tensor  # [1, 3, 33, H, W] in [-1, 1], the truth
     warp: Warp  # exact
     estimated: Warp | None  # by a geometry network
-    known: world.Scene | None = None  # for the camera search
 
 
 def exact_warp(clip: Clip, other: Clip | None = None) -> Warp:
@@ -66,14 +66,10 @@ def suits(seed: int, size: tuple[int, int]) -> bool:
     return ";" not in clip.caption and 0.3 < exact_warp(clip).visible[0, 0, -1].mean().item() < 0.85
 
 
-def make_scene(seed: int, pi3x: Pi3X | None, size: tuple[int, int]) -> Scene:
-    return scene_of(make_clip(seed, WINDOW, size), pi3x, world.make_scene(Random(seed)))
-
-
-def scene_of(clip: Clip, pi3x: Pi3X | None = None, known: world.Scene | None = None) -> Scene:
-    """A clip with its exact warp, and that of the geometry which `pi3x` estimates; `known` is what the clip shows."""
+def scene_of(clip: Clip, pi3x: Pi3X | None = None) -> Scene:
+    """A clip with its exact warp, and that of the geometry which `pi3x` estimates."""
     video = from_frames(clip.frames)
-    return Scene(clip, video, exact_warp(clip), None if pi3x is None else estimated_warp(clip, video, pi3x), known)
+    return Scene(clip, video, exact_warp(clip), None if pi3x is None else estimated_warp(clip, video, pi3x))
 
 
 def estimated_warp(clip: Clip, video: Tensor, pi3x: Pi3X) -> Warp:
@@ -125,18 +121,17 @@ def find_camera(picture: Tensor, starts: Tensor, draw: Callable[[Tensor], Tensor
     return min(best, key=lambda each: each[0])[1]
 
 
-def camera_error(frames: Tensor, scene: Scene, at: list[int]) -> dict[str, float]:
-    """Degrees and meters between the true camera and the one from which the scene would look like the result, means of
-    the frames `at`; searched from the true one, the first frame's, and between."""
-    clip, (height, width) = scene.clip, frames.shape[-2:]
-    assert scene.known is not None
-    known = scene.known
+def camera_error(frames: Tensor, scene: world.Scene, clip: Clip, at: list[int]) -> dict[str, float]:
+    """Of frames [1, 3, T, H, W] in [-1, 1]: degrees (`turn`) and meters (`shift`) between the camera of the true `clip`
+    and the one from which the scene would look like them, means of the frames `at`; searched from the true one, the
+    first frame's, and between."""
+    height, width = frames.shape[-2:]
 
     def soft(pictures: Tensor) -> Tensor:  # blurred, so that slopes reach further
         return F.avg_pool2d(pictures, 5, 2, 2, count_include_pad=False)
 
     def draw(poses: Tensor) -> Tensor:
-        pictures = world.render(known, poses, clip.K, (height, width), 1)[0]
+        pictures = world.render(scene, poses, clip.K, (height, width), 1)[0]
         return soft(rearrange(pictures, "n h w c -> n c h w") / 127.5 - 1)
 
     turns, shifts = [], []

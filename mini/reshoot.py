@@ -33,11 +33,11 @@ from helios.load import ROOT, encode_prompts, load_models
 from memory import Camera
 from mini import world
 from mini.draw import placed
-from mini.known import Scene, camera_error, exact_warp
+from mini.known import camera_error, exact_warp
 from mini.pretrain import HELD_OUT
 from mini.world import CLEARANCE, Clip, clearance, make_clip, make_path
 from model import Helios
-from render import RenderSettings, Warp, fill_warp
+from render import RenderSettings, fill_warp
 from reshoot import Reshoot, estimate_frames
 from wah import Rollout, model_options
 
@@ -119,8 +119,7 @@ def measure(frames: Tensor, scene: world.Scene, target: Clip, masks: dict[str, n
     """PSNR by region of the frames [1, 3, T, H, W] after the first, which is given; and the camera of those `found`."""
     video, truth = to_frames(frames)[1:], target.frames.numpy()[1:]
     result = {f"psnr{name}": psnr(video[mask], truth[mask]) for name, mask in masks.items()}
-    known = Scene(target, frames, Warp(frames, frames[:, :1]), None)  # the camera is searched without its warp
-    errors = [camera_error(frames, replace(known, known=still(scene, index)), [index]) for index in found]
+    errors = [camera_error(frames, still(scene, index), target, [index]) for index in found]
     return result | {name: float(np.mean([error[name] for error in errors])) for name in errors[0]}
 
 

@@ -39,7 +39,7 @@ from helios.load import ROOT, Models, Prompts, encode_prompts, load_models
 from memory import CHOICES, Memory
 from mini import world
 from mini.geometry import HAZE
-from mini.known import Scene, camera_error
+from mini.known import camera_error
 from mini.pretrain import HELD_OUT
 from mini.world import CLEARANCE, Clip, clearance
 from model import Helios
@@ -156,8 +156,8 @@ def measure(way: str, video: Tensor, walk: Walk, found: list[int]) -> dict[str, 
     result = {"psnr": psnr(frames[AGAIN:], truth[AGAIN:]), "psnr last chunk": psnr(frames[-WINDOW:], truth[-WINDOW:])}
     if way == WAYS[2]:
         result["psnr first round"] = psnr(frames[AGAIN:], frames[:AGAIN])
-    known = Scene(walk.clip, video, Warp(video, video[:, :1]), None, walk.scene)  # the search needs no warp
-    return result | camera_error(video, known, found) | {"seam": steadiness(frames[AGAIN:])["seam"]}
+    seam = steadiness(frames[AGAIN:])["seam"]
+    return result | camera_error(video, walk.scene, walk.clip, found) | {"seam": seam}
 
 
 @torch.inference_mode()

@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import cache
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -12,17 +13,24 @@ import torch
 import evaluate
 from evaluation.quality import measure
 from files.media import to_frames
+from geometry.camera import WINDOW
 from mini import judge, known
 from mini.pretrain import HELD_OUT
+from mini.world import make_clip, make_scene
 
 SMALL = 64, 96
 WEIGHTS = Path(__file__).parents[2] / "weights" / "mini"
 
 
 @cache
+def suited(seed):
+    """The first seed from there on that suits."""
+    return next(each for each in range(seed, seed + 40) if known.suits(each, SMALL))
+
+
+@cache
 def make_scene_of(seed):
-    seed = next(each for each in range(seed, seed + 40) if known.suits(each, SMALL))
-    return known.make_scene(seed, None, SMALL)
+    return known.scene_of(make_clip(suited(seed), WINDOW, SMALL))
 
 
 def shown(scene):
@@ -42,12 +50,12 @@ def test_exact_warps_show_the_truth():
 
 def test_cameras_are_found():
     """In the truth, in a noisy copy of it, and in a video that stands still, whose camera lags by a known motion."""
-    scene = make_scene_of(HELD_OUT + 2017)
+    scene, shown = make_scene_of(HELD_OUT + 2017), make_scene(Random(suited(HELD_OUT + 2017)))
     noise = 0.1 * torch.randn(scene.video.shape, generator=torch.Generator().manual_seed(0))
     for video, worst in ((scene.video, (0.05, 0.005)), (scene.video + noise, (0.3, 0.05))):
-        error = known.camera_error(video, scene, [20])
+        error = known.camera_error(video, shown, scene.clip, [20])
         assert error["turn"] < worst[0] and error["shift"] < worst[1]
-    still = known.camera_error(scene.video[:, :, :1].expand_as(scene.video), scene, [16, 32])
+    still = known.camera_error(scene.video[:, :, :1].expand_as(scene.video), shown, scene.clip, [16, 32])
     c2w = scene.clip.c2w.double()
     apart = torch.linalg.inv(c2w[[16, 32]]) @ c2w[0]
     angles = ((apart[:, 0, 0] + apart[:, 1, 1] + apart[:, 2, 2] - 1) / 2).acos().rad2deg()
@@ -76,7 +84,7 @@ def small(tmp_path_factory):
 def test_the_table(small, tmp_path, monkeypatch, capsys):
     """Parts fill it scene by scene, what is there is not made again, and other weights are refused."""
     searched = []
-    monkeypatch.setattr(judge, "camera_error", lambda video, scene, at: searched.append(at) or {"turn": 1.5})
+    monkeypatch.setattr(judge, "camera_error", lambda video, scene, clip, at: searched.append(at) or {"turn": 1.5})
     monkeypatch.setattr(judge, "WALK", 1)
     monkeypatch.setattr(evaluate, "held_out", lambda scenes, size: [HELD_OUT + 2000 + each for each in range(scenes)])
     out = tmp_path / "mini.md"
