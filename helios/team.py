@@ -46,10 +46,10 @@ def ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-Item = tuple[Tensor, Tensor, Tensor, Any]  # of a training step: latents, timestep, target, context
+Given = tuple[Tensor, Tensor, Tensor, Any]  # of a training step: latents, timestep, target, context
 
 
-def add_gradients(network: Any, text: list, items: list[Item], mine: slice = slice(None),
+def add_gradients(network: Any, text: list, items: list[Given], mine: slice = slice(None),
                   lap: Callable[[str], None] = lambda name: None) -> Tensor:
     """Add the gradients of the mean of all items' losses, as far as the items that are `mine` make them, one after
     another; returns the losses [items], zero for the others."""
@@ -282,7 +282,7 @@ class Led:
         weakref.finalize(text, lambda: self.team.forgotten.append(number))
         return text
 
-    def add_gradients(self, lora: Lora, text: Text, items: list[Item], lap: Callable[[str], None]) -> Tensor:
+    def add_gradients(self, lora: Lora, text: Text, items: list[Given], lap: Callable[[str], None]) -> Tensor:
         """As the function, each rank with its part of the items; `lora` is that of this rank's network."""
         contexts = list({id(item[3]): item[3] for item in items}.values())
         words = {"names": [*lora.adapters], "scales": [scale for _, _, scale in lora.adapters.values()],

@@ -10,7 +10,6 @@ exact.
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from helios.index import read_index
 from helios.load import encode_prompts, load_models
 from mini.judge import generate
 from mini.known import Scene, scene_of
-from mini.world import STILLS, Clip, caption, make_path, make_scene, render
+from mini.world import STILLS, Clip, caption, make_still, render
 from model import Helios
 from render import fill_warp
 from wah import model_options
@@ -39,11 +38,8 @@ IDEAS = {"camera": ("no camera", "aligned, dropped"), "align": ("not aligned", "
 
 def demo_clip(name: str, size: tuple[int, int]) -> Clip:
     """The first chunk of a still's own path, as the world shows it."""
-    seed, move = STILLS[name]
-    rng = Random(seed)
-    scene = make_scene(rng)
-    start, fov_x = make_path(scene, rng, 66)[:1], round(rng.uniform(50, 80), 2)
-    K, path = pinhole(fov_x, *size), move_path(move)[:WINDOW]
+    scene, start, fov_x = make_still(name)
+    K, path = pinhole(fov_x, *size), move_path(STILLS[name][1])[:WINDOW]
     _, depth = render(scene, start, K, size, samples=1)
     path[:, :3, 3] *= depth[depth.isfinite()].median() / DEPTH
     c2w = start @ path

@@ -339,9 +339,14 @@ STILLS = {  # demo pictures: seeds far from those of the training clips, and mov
     "plaza": (1_000_054, "orbit 15, dolly 0.25 + up 0.5"),
     "studio": (1_000_014, "truck 0.15 + pan -8, spiral 360"),
 }  # fmt: skip
-
-
 KNOWN = 1_100_003, 1_100_007, 1_100_008, 1_100_009, 1_100_010, 1_100_012  # seeds of clips for LoRAs of several videos
+
+
+def make_still(name: str) -> tuple[Scene, Tensor, float]:
+    """A demo picture's scene, its camera [1,4,4], and its horizontal field of view in degrees."""
+    rng = Random(STILLS[name][0])
+    scene = make_scene(rng)
+    return scene, make_path(scene, rng, 66)[:1], round(rng.uniform(50, 80), 2)
 
 
 def write_path(path: Path, fov_x: float, c2w: Tensor) -> None:
@@ -371,10 +376,8 @@ def write_known(folder: Path) -> None:
 def write_demos(folder: Path) -> None:
     """The demo clip; and first frames with their depth (16 bit, millimeters, 0: sky or very far) and a path each."""
     write_clip(folder, "car-roundabout", car_roundabout)
-    for name, (seed, move) in STILLS.items():
-        rng = Random(seed)
-        scene = make_scene(rng)
-        c2w, fov_x = make_path(scene, rng, 66)[:1], round(rng.uniform(50, 80), 2)
+    for name, (_, move) in STILLS.items():
+        scene, c2w, fov_x = make_still(name)
         frames, depth = render(scene, c2w, pinhole(fov_x, 256, 384), (256, 384), samples=4)
         save_png(folder / f"{name}.png", frames[0].numpy())
         millimeters = torch.where(depth[0] < 65.5, depth[0] * 1000, 0).round().numpy().astype(np.uint16)
