@@ -369,12 +369,6 @@ def test_stopping_leaves_nothing(tmp_path, capsys, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["in.png"]
 
 
-def test_a_missing_argument_is_one_line(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        render.main(["--image", "x.png"])
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
 # ---- the same bits on every CPU
 
 
