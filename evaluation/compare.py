@@ -60,7 +60,8 @@ def find_videos(path: Path, files: set[str] = VIDEOS) -> dict[str, Path]:
 
 
 def match(results: Path, wanted: list[str], what: str, files: set[str] = VIDEOS) -> dict[str, Path]:
-    """Those of the `wanted` names that are in a folder, told if some are not; one alone is meant whatever its name."""
+    """Those of the `wanted` names that are in a folder, told if some are not, or others are; one alone is meant
+    whatever its name."""
     found = find_videos(results, files)
     if len(found) == len(wanted) == 1:
         return {wanted[0]: next(iter(found.values()))}
@@ -70,6 +71,8 @@ def match(results: Path, wanted: list[str], what: str, files: set[str] = VIDEOS)
                          f" are {', '.join([*found][:3])}")
     if missing:
         note(f"{results}: {len(missing)} of {len(wanted)} videos of {what} are not here: {', '.join(missing[:5])}")
+    if more := [name for name in found if name not in wanted]:
+        note(f"{results}: {len(more)} that {what} has not are left out: {', '.join(more[:5])}")
     return {name: found[name] for name in wanted if name in found}
 
 
@@ -139,6 +142,8 @@ class Pair:
         """As many as there are of the result."""
         if len(found) < len(self.frames):
             raise ValueError(f"{path}: {len(found)} frames, expected at least the {len(self.frames)} of {self.result}")
+        if len(found) > len(self.frames):
+            note(f"{self.result}: {len(self.frames)} frames, and no more of the {len(found)} of {path} count")
         return found[: len(self.frames)]
 
     def numbers(self, perceptual: Perceptual | None, pi3x: Callable[[], Pi3X] | None) -> dict[str, float]:

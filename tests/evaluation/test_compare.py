@@ -58,8 +58,8 @@ def run(folders, *words, results=("ours", "theirs")):
     return code, out
 
 
-def test_a_result_that_is_shorter_than_the_truth(folders):
-    """Its frames alone count, of the truth and of the masks."""
+def test_a_result_that_is_shorter_than_the_truth(folders, capsys):
+    """Its frames alone count, of the truth and of the masks, and that is said."""
     short = load_video(folders / "ours" / "b.mp4")[:20]
     write_video(folders / "theirs" / "b.mp4", short, 16)
     code, out = run(folders, "--truth", str(folders / "truth"), "--masks", str(folders / "masks"), results=("theirs",))
@@ -67,6 +67,14 @@ def test_a_result_that_is_shorter_than_the_truth(folders):
     visible = np.load(folders / "masks" / "b.npy")[:20] > 0.5
     wanted = measure(load_video(folders / "theirs" / "b.mp4"), load_video(folders / "truth" / "b.mp4")[:20], visible)
     assert code == 0 and {name: found[name] for name in wanted} == pytest.approx(wanted, abs=1e-4)
+    said = capsys.readouterr().err
+    assert f"b.mp4: 20 frames, and no more of the 33 of {folders / 'truth' / 'b.mp4'} count" in said and "a.mp4" not in said
+
+
+def test_results_without_a_truth_are_named(folders, capsys):
+    (folders / "truth" / "c.mp4").unlink()
+    assert run(folders, "--truth", str(folders / "truth"))[0] == 0
+    assert f"{folders / 'ours'}: 1 that {folders / 'truth'} has not are left out: c\n" in capsys.readouterr().err
 
 
 def test_folders_by_name(folders, capsys):
