@@ -172,7 +172,7 @@ def tell_shape(path: Path, image: Image.Image, size: tuple[int, int], crop: bool
     """A word of a picture that `fit_image` shows less than nine tenths of, or stretches as much."""
     share = min(kept_share(image, size))
     if share < 0.9:
-        how = f"{1 - share:.0%} of it are cut off" if crop else f"stretched to {1 / share:.3g} times its shape"
+        how = f"{1 - share:.0%} of it is cut off" if crop else f"stretched to {1 / share:.3g} times its shape"
         note(f"{path}: {image.width} wide and {image.height} high; for --size {size[0]}x{size[1]} (height x width)"
              f" {how}")
 

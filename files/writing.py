@@ -23,7 +23,7 @@ def beside(out: Path, **endings: str) -> dict[str, Path]:
     """Names of a program's outputs: `out`, which must be an .mp4, as "video", and others beside it: its stem +
     ending."""
     if out.suffix.lower() != ".mp4" or out.stem.startswith("."):
-        raise ValueError(f"--out {str(out)!r}: expected a file name that ends in .mp4")
+        raise ValueError(f"--out {str(out)!r}: expected a file name that ends in .mp4 and begins with no dot")
     return {"video": out} | {name: out.with_name(out.stem + ending) for name, ending in endings.items()}
 
 

@@ -34,7 +34,7 @@ def test_stretch_keeps_the_whole_picture():
 
 
 @pytest.mark.parametrize("shape, size, crop, said", [
-    ((90, 160), (64, 64), True, "x.png: 90 wide and 160 high; for --size 64x64 (height x width) 44% of it are cut off\n"),
+    ((90, 160), (64, 64), True, "x.png: 90 wide and 160 high; for --size 64x64 (height x width) 44% of it is cut off\n"),
     ((90, 160), (64, 64), False, "stretched to 1.78 times its shape"), ((300, 100), (64, 64), True, "67% of it"),
     ((160, 90), (384, 640), True, ""), ((160, 90), (384, 640), False, ""),
 ])  # fmt: skip
