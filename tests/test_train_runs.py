@@ -253,7 +253,6 @@ def test_curve():
 @pytest.mark.parametrize("words, parts", [
     (["--set", "rank=0"], ["rank is 0", "at least 1"]),
     (["--set", "rank=big"], ["rank=big", "32", "int"]),
-    (["--set", "color=red"], ["color=red", "rank"]),
     (["--set", "future_count=2"], ["future_count=2", "1,2"]),
     (["--set", "stages=3"], ["stages", "0 to 2"]),
     (["--size", "64x32"], ["64x32", "64"]),

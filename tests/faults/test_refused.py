@@ -11,7 +11,6 @@ from sampling import LED, LONG, LORA, PI3X, WEIGHTS, refused
 
 @pytest.mark.parametrize("words, parts", [
     (LED + ["--size", "64x100"], ["64x100", "64"]),
-    (LED + ["--set", "nosuch=1"], ["nosuch", "threshold"]),
     (LED + ["--set", "keyframes=2", "--depth", "depth.npy"], ["keyframes", "Pi3X"]),
     (["--image", "image.png", "--lora", str(HELIOS / "lora_prefix.safetensors")], ["--lora", "needs a camera"]),
     (["--image", "image.png", "--warp", "warp.npy", "--frames", str(LONG + 1)], ["warp.npy", str(LONG), str(LONG + 1)]),
