@@ -51,7 +51,6 @@ class HeliosConfig:
     is_amplify_history: bool = False
     history_scale_mode: str = "per_head"
     added_kv_proj_dim: int | None = None
-    rope_scale: float = 1.0  # not an official key: what rows and columns count as in the rotary positions
 
     def __post_init__(self):
         fixed = {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "has_multi_term_memory_patch": True,
@@ -128,8 +127,7 @@ def rope_table(indices: Tensor, height: int, width: int, config: HeliosConfig) -
     """Unit rotations exp(i * angle) of a token grid in fp32: complex [T, height, width, head_dim / 2]."""
     device = indices.device
     grid = (len(indices), height, width)
-    rows, columns = (torch.arange(size, device=device) * config.rope_scale for size in (height, width))
-    positions = indices.float(), rows.float(), columns.float()
+    positions = indices.float(), *(torch.arange(size, device=device).float() for size in (height, width))
     angles = []
     for axis, (position, size) in enumerate(zip(positions, config.rope_dim)):
         frequency = config.rope_theta ** (-torch.arange(0, size, 2, device=device).float() / size)

@@ -1,6 +1,6 @@
 """A linear codec with the VAE's shapes, and the miniature's clips as its latents on disk.
 
-The transformer is pretrained in a latent space that is fixed beforehand: principal components of 4x8x8-pixel blocks, 16
+The transformer is pretrained in a latent space that is fixed beforehand: principal components of 4x8x8-pixel blocks, 32
 of them, in the layout of the VAE (1 + 4k frames, the first one alone, as if it stood still for four). The VAE is then
 trained to encode into this space and to decode from it, beside the transformer instead of before it. The covariance is
 averaged over mirror images and permutations of the colour channels, so that both are exact linear maps of the latents:
@@ -19,8 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geometry.camera import WINDOW
+from mini.leaves import make_leaves
 from mini.world import make_clip
 
+CHANNELS = 32
+LEAVES = 0.05  # share of dead leaves in what the components are fitted to
 CHUNKS, FRAMES = 3, 3 * WINDOW
 SIZE = 128, 192
 PART = 50  # clips in a file
@@ -46,40 +49,41 @@ def permute(blocks: Tensor, flip: bool, order: tuple[int, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Codec:
-    basis: Tensor  # [768, 16] orthonormal
-    scale: Tensor  # [16] of the latents: basis' projections over this
-    maps: Tensor  # [12, 16, 16] what each symmetry does to a latent vector
+    basis: Tensor  # [768, C] orthonormal
+    scale: Tensor  # [C] of the latents: basis' projections over this
+    maps: Tensor  # [12, C, C] what each symmetry does to a latent vector
 
     def encode(self, frames: Tensor) -> Tensor:
-        """[..., 1 + 4k, H, W, 3] uint8 -> [..., 16, 1 + k, H/8, W/8]."""
+        """[..., 1 + 4k, H, W, 3] uint8 -> [..., C, 1 + k, H/8, W/8]."""
         return rearrange(to_blocks(frames) @ self.basis / self.scale, "... t h w c -> ... c t h w")
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[..., 16, 1 + k, h, w] -> frames [..., 1 + 4k, 8h, 8w, 3] in [-1, 1]."""
+        """[..., C, 1 + k, h, w] -> frames [..., 1 + 4k, 8h, 8w, 3] in [-1, 1]."""
         blocks = (rearrange(latents, "... c t h w -> ... t h w c") * self.scale) @ self.basis.T
         video = rearrange(blocks, "... t h w (pt ph pw c) -> ... (t pt) (h ph) (w pw) c", pt=4, ph=8, pw=8, c=3)
         return video[..., 3:, :, :, :].clamp(-1, 1)
 
     def transform(self, latents: Tensor, which: int) -> Tensor:
-        """Latents [..., 16, T, h, w] of the clip after a symmetry."""
+        """Latents [..., C, T, h, w] of the clip after a symmetry."""
         turned = torch.einsum("oc,...cthw->...othw", self.maps[which], latents)
         return turned.flip(-1) if symmetries()[which][0] else turned
 
 
 def fit_codec(seeds: range) -> Codec:
-    covariance, count = torch.zeros(768, 768, dtype=torch.float64), 0
+    covariance = torch.zeros(768, 768, dtype=torch.float64)
     for seed in seeds:
-        frames = make_clip(seed, WINDOW, SIZE).frames
-        blocks = to_blocks(frames).flatten(0, -2).double()
-        covariance, count = covariance + blocks.T @ blocks, count + len(blocks)
+        for share, frames in ((1 - LEAVES, make_clip(seed, WINDOW, SIZE).frames),
+                              (LEAVES, make_leaves(seed, WINDOW, SIZE))):
+            blocks = to_blocks(frames).flatten(0, -2).double()
+            covariance += share * (blocks.T @ blocks) / len(blocks) / len(seeds)
     eye, average = torch.eye(768, dtype=torch.float64), torch.zeros_like(covariance)
     for symmetry in symmetries():
         turn = permute(eye, *symmetry)
-        average += turn.T @ (covariance / count) @ turn / len(symmetries())
-    values, vectors = torch.linalg.eigh(average)
-    if values[-17] > 0.999 * values[-16]:  # a pair, which only together maps to itself
-        raise ValueError("the 16th and 17th components are equally strong: take more clips")
-    values, basis = values.flip(0)[:16], vectors.flip(1)[:, :16]
+        average += turn.T @ covariance @ turn / len(symmetries())
+    values, vectors = (each.flip(-1) for each in torch.linalg.eigh(average))
+    if values[CHANNELS] > 0.999 * values[CHANNELS - 1]:  # a pair, which only together maps to itself
+        raise ValueError("the last component and the next one are equally strong: take more clips")
+    values, basis = values[:CHANNELS], vectors[:, :CHANNELS]
     scale = values**0.25
     scale = scale * (values / scale**2).mean().sqrt()  # latents then have a mean square of 1
     maps = []
@@ -98,7 +102,7 @@ def load_codec(path: Path) -> Codec:
 
 
 def encode_clip(codec: Codec, seed: int) -> tuple[Tensor, str]:
-    """Latents [2, 3, 16, 9, h, w] of three chunks, each encoded by itself as in a rollout, forward and backward in
+    """Latents [2, 3, C, 9, h, w] of three chunks, each encoded by itself as in a rollout, forward and backward in
     time, and the clip's caption."""
     clip = make_clip(seed, FRAMES, SIZE)
     both = torch.stack([clip.frames, clip.frames.flip(0)])
@@ -120,7 +124,7 @@ def make_parts(codec: Codec, folder: Path, parts: range) -> None:
 
 
 def load_parts(folder: Path) -> tuple[list[np.ndarray], list[str]]:
-    """All clips [2, 3, 16, 9, h, w] float16, memory-mapped, and their captions."""
+    """All clips [2, 3, C, 9, h, w] float16, memory-mapped, and their captions."""
     clips, captions = [], []
     for path in sorted(folder.glob("clips_????.npy")):
         clips += list(np.load(path, mmap_mode="r"))

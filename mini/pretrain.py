@@ -40,18 +40,18 @@ from helios.flow import Schedule, training_item
 from helios.text import Tokenizer, UMT5Config, UMT5Encoder, encode_prompt
 from helios.vae import VAE, VAEConfig
 from mini import coding
-from mini.latents import SIZE, Codec, fit_codec, load_codec, load_parts, make_parts, save_codec, symmetries
+from mini.latents import CHANNELS, SIZE, Codec, fit_codec, load_codec, load_parts, make_parts, save_codec, symmetries
 from mini.leaves import make_leaves
 from mini.world import caption, make_clip, make_scene
 from model import Helios, HeliosConfig, History
 from wah import BANDS, pseudo_history
 
 SCHEDULE = Schedule(sampler="euler", stages=1, stage_range=(0, 1))
-HELIOS = HeliosConfig(num_attention_heads=4, attention_head_dim=48, num_layers=6, ffn_dim=512, text_dim=64,
-                      freq_dim=128, rope_dim=(16, 16, 16), rope_theta=100.0, rope_scale=0.5)  # learned at half the size
+HELIOS = HeliosConfig(in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=4, attention_head_dim=48,
+                      num_layers=6, ffn_dim=512, text_dim=64, freq_dim=128, rope_dim=(16, 16, 16), rope_theta=100.0)
 UMT5 = UMT5Config(vocab_size=640, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-VAE_CONFIG = VAEConfig(base_dim=16, dim_mult=(1, 2, 4, 4), num_res_blocks=1, latents_mean=(0.0,) * 16,
-                       latents_std=(1.0,) * 16)
+VAE_CONFIG = VAEConfig(base_dim=16, z_dim=CHANNELS, dim_mult=(1, 2, 4, 4), num_res_blocks=1,
+                       latents_mean=(0.0,) * CHANNELS, latents_std=(1.0,) * CHANNELS)
 STEM = "diffusion_pytorch_model"
 CROP = 96, 144  # of its pictures
 LEAVES = 0.25  # share of its clips that are dead leaves
@@ -193,14 +193,14 @@ class Generator(nn.Module):
 
 
 def history(prefix: Tensor, native: Tensor, bands: bool) -> History:
-    """That of native Helios from the first latent [B, 16, 1, h, w] and the latest 19; without `bands` of the short
+    """That of native Helios from the first latent [B, C, 1, h, w] and the latest 19; without `bands` of the short
     one alone."""
     whole = pseudo_history(prefix, native, drop=False)
     return whole if bands else replace(whole, mid=None, long=None)
 
 
 def draw_start(clip: Tensor, rng: Random, kind: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Target, first latent and the 19 before the target, of one clip's chunks [3, 16, 9, h, w]."""
+    """Target, first latent and the 19 before the target, of one clip's chunks [3, C, 9, h, w]."""
     blank = torch.zeros_like(clip[0, :, :1])
     target = rng.randrange(1, len(clip)) if kind == "continue" else rng.randrange(len(clip))
     if kind == "text":
@@ -219,7 +219,7 @@ class Clips:
         self.clips, self.captions = load_parts(folder)
 
     def batch(self, rng: Random, generator: torch.Generator, size: int, kind: str) -> dict:
-        """Clean latents [B, 16, 9, h, w], prefix, native history (with a little noise) and captions."""
+        """Clean latents [B, C, 9, h, w], prefix, native history (with a little noise) and captions."""
         parts, captions = [], []
         for _ in range(size):
             index, turn = rng.randrange(len(self.clips)), rng.randrange(12)
@@ -251,25 +251,19 @@ def velocity_loss(generator: Generator, clips: Clips, batch: dict, u: Tensor, no
     return (transformer(item.latents, item.timestep, text, context) - item.target).square().mean()
 
 
-def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None, stretch: tuple[int, int] | None) -> None:
-    """`stretch`: from which step to which one rows and columns go from `HELIOS.rope_scale` to counting whole ones."""
+def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None) -> None:
     tokenizer = Tokenizer(folder / "spiece.model")
     clips = Clips(folder, tokenizer)
     held_out = clips.clips[:24], clips.captions[:24]
     clips.clips, clips.captions = clips.clips[24:], clips.captions[24:]
     torch.manual_seed(0)
-    generator, scale = Generator(), HELIOS.rope_scale
+    generator = Generator()
     generator.initialize()
     if start is not None:
         generator.transformer.load_state_dict(load_file(start / "transformer" / f"{STEM}.safetensors"))
         generator.text_encoder.load_state_dict(load_file(start / "text_encoder" / "model.safetensors"))
 
     def accumulate(network: Generator, step: int, rank: int) -> float:
-        nonlocal scale
-        if stretch is not None:
-            progress = min(max((step - stretch[0]) / (stretch[1] - stretch[0]), 0), 1)
-            scale = HELIOS.rope_scale + progress * (1 - HELIOS.rope_scale)
-        network.transformer.config = replace(HELIOS, rope_scale=scale)
         rng, draws = Random(step * 64 + rank), torch.Generator().manual_seed(step * 64 + rank)
         kind = rng.choices(("image", "continue", "text"), (0.5, 0.45, 0.05))[0]
         batch = clips.batch(rng, draws, size, kind)
@@ -282,7 +276,6 @@ def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None, stret
     @torch.no_grad()
     def validate(network: Generator) -> dict:
         trained, losses = (clips.clips, clips.captions), {}
-        network.transformer.config = replace(HELIOS, rope_scale=scale)
         clips.clips, clips.captions = held_out
         for kind in ("image", "continue"):
             draws = torch.Generator().manual_seed(1)
@@ -290,7 +283,7 @@ def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None, stret
             noise = torch.randn(batch["clean"].shape, generator=draws)
             losses[kind] = velocity_loss(network, clips, batch, (torch.arange(24) + 0.5) / 24, noise, True).item()
         clips.clips, clips.captions = trained
-        return losses | {"scale": scale}
+        return losses
 
     fit(generator, accumulate, validate, recipe, folder / "dit.safetensors")
 
@@ -345,7 +338,7 @@ def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None, encod
     def accumulate(network: VAE, step: int, rank: int) -> float:
         first, draws = (step * 64 + rank) * size, torch.Generator().manual_seed(step * 64 + rank)
         clips = torch.stack([draw_clip(HELD_OUT // 2 + first + index) for index in range(size)])
-        shape = size, 16, 1 + VAE_FRAMES // 4, CROP[0] // 8, CROP[1] // 8
+        shape = size, CHANNELS, 1 + VAE_FRAMES // 4, CROP[0] // 8, CROP[1] // 8
         noise = 0.1 * torch.rand(size, 1, 1, 1, 1, generator=draws) * torch.randn(shape, generator=draws)
         latent, picture, slopes, _ = vae_losses(network, codec, clips, noise, encoder)
         loss = latent + 4 * picture + slopes
@@ -421,8 +414,6 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--half", action="store_true", help="compute in bf16: faster where a CPU has avx512_bf16")
-    parser.add_argument("--stretch", type=int, nargs=2, metavar=("FROM", "TO"), help="dit: steps between which the"
-                        " positions of rows and columns, counted in halves until then, are stretched to whole ones")
     parser.add_argument("--encoder", action="store_true", help="vae: train the encoder too, not the decoder alone")
     parser.add_argument("--start", type=Path, help="an export, whose codec, tokenizer or weights to begin with")
     parser.add_argument("--target", type=Path, default=Path("weights/mini"), help="export: where to")
@@ -442,7 +433,7 @@ def main() -> None:
     elif args.part == "export":
         export(args.folder, args.target)
     elif args.part == "dit":
-        train_dit(args.folder, recipe, args.batch, args.start, args.stretch)
+        train_dit(args.folder, recipe, args.batch, args.start)
     else:
         train_vae(args.folder, recipe, args.batch, args.start, args.encoder)
 

@@ -93,7 +93,6 @@ def twin(network: Helios | VAE | UMT5Encoder) -> Any:
     if isinstance(network, Helios):
         from diffusers import HeliosTransformer3DModel
 
-        assert config.pop("rope_scale") == 1  # not an official key: the peer counts rows and columns whole
         peer = HeliosTransformer3DModel(**config)
     elif isinstance(network, VAE):
         from diffusers import AutoencoderKLWan

@@ -15,7 +15,7 @@ from helios.load import load_models
 from helios.text import Tokenizer
 from helios.vae import VAE
 from mini import coding
-from mini.latents import FRAMES, SIZE, encode_clip, fit_codec, load_codec, make_parts, save_codec, symmetries
+from mini.latents import CHANNELS, FRAMES, SIZE, encode_clip, fit_codec, load_codec, make_parts, save_codec, symmetries
 from mini.leaves import make_leaves
 from mini.pretrain import (
     HELD_OUT,
@@ -33,7 +33,7 @@ from mini.pretrain import (
     velocity_loss,
 )
 from mini.world import caption, make_clip, make_scene
-from model import Helios, HeliosConfig, rope_table
+from model import Helios
 from render import smooth_fill
 from sample import main as sample
 from wah import Options, Rollout, model_options
@@ -69,7 +69,7 @@ def test_symmetries_are_linear_maps_of_the_latents(clips):
 
 
 def test_components_that_belong_together_are_kept_together():
-    """Two colour components of equal strength must not be parted by the cut after the sixteenth."""
+    """Two colour components of equal strength must not be parted by the cut after the last."""
     with pytest.raises(ValueError, match="more clips"):
         fit_codec(range(HELD_OUT + 2, HELD_OUT + 3))
 
@@ -77,7 +77,7 @@ def test_components_that_belong_together_are_kept_together():
 def test_latents_of_a_clip(clips):
     """The layout of the VAE: the first latent is the first frame's alone, in every chunk of both directions."""
     latents, words = encode_clip(clips.codec, 0)
-    assert latents.shape == (2, 3, 16, 9, *GRID) and words == clips.captions[0]
+    assert latents.shape == (2, 3, CHANNELS, 9, *GRID) and words == clips.captions[0]
     torch.testing.assert_close(torch.from_numpy(clips.clips[0].copy()).float(), latents, rtol=0, atol=2e-2)
     clip = make_clip(0, FRAMES, SIZE)
     torch.testing.assert_close(latents[0, 1, :, :1], clips.codec.encode(clip.frames[33:34]), rtol=0, atol=1e-5)
@@ -89,10 +89,10 @@ def test_latents_of_a_clip(clips):
 def test_training_histories_are_those_of_a_rollout(folder, exported):
     """A continued clip sees what `Rollout.native_history` shows before a later chunk."""
     models = load_models(Helios, exported, "cpu")
-    latents = torch.randn(3, 16, 9, *GRID)
+    latents = torch.randn(3, CHANNELS, 9, *GRID)
     rollout = Rollout(models, None, SIZE, torch.Generator(), options=Options(steps=(1,)))
     rollout.prefix = latents[None, 0, :, :1]
-    rollout.native = torch.cat([torch.zeros(1, 16, 18, *GRID), rollout.prefix], dim=2)
+    rollout.native = torch.cat([torch.zeros(1, CHANNELS, 18, *GRID), rollout.prefix], dim=2)
     rng = Random(0)
     for chunk, kind in ((0, "image"), (1, "continue"), (2, "continue")):
         expected = rollout.native_history()
@@ -110,7 +110,7 @@ def test_training_histories_are_those_of_a_rollout(folder, exported):
 
 def test_batches(clips):
     batch = clips.batch(Random(1), torch.Generator().manual_seed(1), 8, "continue")
-    assert batch["clean"].shape == (8, 16, 9, *GRID) and batch["native"].shape == (8, 16, 19, *GRID)
+    assert batch["clean"].shape == (8, CHANNELS, 9, *GRID) and batch["native"].shape == (8, CHANNELS, 19, *GRID)
     assert {"", *clips.captions} >= set(batch["captions"]) and "" in batch["captions"]
     again = clips.batch(Random(1), torch.Generator().manual_seed(1), 8, "continue")
     assert torch.equal(batch["native"], again["native"])
@@ -247,11 +247,3 @@ def test_holes_are_filled_from_around_them():
     across = filled[0, 0, 0, 6, 8:12]
     assert (across.diff() >= 0).all() and across.abs().max() <= 0.5 and across[0] < 0 < across[-1]
     assert torch.equal(filled[:, :, 1], frames[:, :, 1])
-
-
-def test_positions_counted_in_halves():
-    """Every other row and column stands where the smaller grid's are; times are not touched."""
-    times = torch.arange(3)
-    whole, halves = (rope_table(times, 6, 8, HeliosConfig(rope_scale=scale)) for scale in (1.0, 0.5))
-    torch.testing.assert_close(halves[:, ::2, ::2], whole[:, :3, :4])
-    assert not torch.equal(halves[:, 1:, 1:], whole[:, 1:, 1:])

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import peers
 import pytest
 import torch
+from goldens import check
 from safetensors.torch import load_file
 
 from files.checkpoint import load, weight_files
@@ -13,6 +15,7 @@ from helios.text import Tokenizer, UMT5Encoder
 from helios.vae import VAE
 from mini.latents import load_codec
 from model import Helios
+from wah import CHUNK, pseudo_history
 
 SHIPPED = Path(__file__).parents[2] / "weights" / "mini"
 FILES = sorted(path.relative_to(SHIPPED) for path in SHIPPED.rglob("*.safetensors"))
@@ -41,6 +44,23 @@ def test_networks_have_every_tensor(part):
     loaded = network.state_dict()
     assert loaded.keys() == {network.aliases.get(key, key) for key in state}
     assert all(torch.equal(loaded[network.aliases.get(key, key)], value.float()) for key, value in state.items())
+
+
+def test_diffusers_agrees():
+    """It is a Helios like any other: diffusers' own class, told which tokens are dropped, gives the same."""
+    transformer, generator = load(Helios, SHIPPED / "transformer"), torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    first, past, warp, noisy = (draw(1, transformer.config.in_channels, frames, 8, 12) for frames in (1, 3, CHUNK, CHUNK))
+    visible = (torch.rand(1, 1, CHUNK, 8, 12, generator=generator) > 0.8).float()
+    history = pseudo_history(first, past, warp=warp, visible=visible, threshold=0.3)
+    time, words = torch.tensor([700.0]), draw(1, 6, transformer.config.text_dim)
+    with torch.no_grad():
+        ours = transformer(noisy, time, transformer.text(words), transformer.context(history, noisy.shape[2:]))
+        theirs = peers.Denoiser(peers.twin(transformer))(noisy, time, words, history)
+    check("the miniature, diffusers", ours, theirs, 2e-5)
 
 
 def test_geometry_and_codec():
