@@ -103,10 +103,15 @@ def load_codec(path: Path) -> Codec:
 
 def encode_clip(codec: Codec, seed: int) -> tuple[Tensor, str]:
     """Latents [2, 3, C, 9, h, w] of three chunks, each encoded by itself as in a rollout, forward and backward in
-    time, and the clip's caption."""
-    clip = make_clip(seed, FRAMES, SIZE)
-    both = torch.stack([clip.frames, clip.frames.flip(0)])
-    return codec.encode(rearrange(both, "d (k t) h w c -> d k t h w c", k=CHUNKS)), clip.caption
+    time, and the clip's caption. Every fourth clip is of dead leaves, of which nothing is said: what moves is to be
+    copied, whatever it is."""
+    if seed % 4 == 3:
+        frames, words = make_leaves(seed, FRAMES, SIZE), ""
+    else:
+        clip = make_clip(seed, FRAMES, SIZE)
+        frames, words = clip.frames, clip.caption
+    both = torch.stack([frames, frames.flip(0)])
+    return codec.encode(rearrange(both, "d (k t) h w c -> d k t h w c", k=CHUNKS)), words
 
 
 def make_parts(codec: Codec, folder: Path, parts: range) -> None:

@@ -86,6 +86,12 @@ def test_latents_of_a_clip(clips):
     assert (restored - wanted).square().mean() < 0.02
 
 
+def test_every_fourth_clip_is_of_dead_leaves(clips):
+    latents, words = encode_clip(clips.codec, 7)
+    torch.testing.assert_close(latents[0, 0], clips.codec.encode(make_leaves(7, FRAMES, SIZE)[:33]), rtol=0, atol=1e-5)
+    assert words == ""
+
+
 def test_training_histories_are_those_of_a_rollout(folder, exported):
     """A continued clip sees what `Rollout.native_history` shows before a later chunk."""
     models = load_models(Helios, exported, "cpu")
