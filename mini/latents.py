@@ -81,9 +81,12 @@ def fit_codec(seeds: range) -> Codec:
         turn = permute(eye, *symmetry)
         average += turn.T @ covariance @ turn / len(symmetries())
     values, vectors = (each.flip(-1) for each in torch.linalg.eigh(average))
-    if values[CHANNELS] > 0.999 * values[CHANNELS - 1]:  # a pair, which only together maps to itself
-        raise ValueError("the last component and the next one are equally strong: take more clips")
-    values, basis = values[:CHANNELS], vectors[:, :CHANNELS]
+    kept, start = [], 0
+    while len(kept) < CHANNELS:  # the strongest; of equal ones all or none, as only together they map to themselves
+        equal = range(start, start + int((values[start:] > 0.999 * values[start]).sum()))
+        kept += equal if len(kept) + len(equal) <= CHANNELS else []
+        start = equal.stop
+    values, basis = values[kept], vectors[:, kept]
     scale = values**0.25
     scale = scale * (values / scale**2).mean().sqrt()  # latents then have a mean square of 1
     maps = []

@@ -60,18 +60,13 @@ def clips(folder):
 
 
 def test_symmetries_are_linear_maps_of_the_latents(clips):
+    """Of this codec, too, whose 32nd and 33rd components would be a pair."""
     frames, codec = make_clip(3, 9, SIZE).frames, clips.codec
     for which, (flip, order) in enumerate(symmetries()):
         turned = frames[..., list(order)]
         turned = turned.flip(-2) if flip else turned
         actual, expected = codec.transform(codec.encode(frames), which), codec.encode(turned)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-
-
-def test_components_that_belong_together_are_kept_together():
-    """Two colour components of equal strength must not be parted by the cut after the last."""
-    with pytest.raises(ValueError, match="more clips"):
-        fit_codec(range(HELD_OUT + 2, HELD_OUT + 3))
 
 
 def test_latents_of_a_clip(clips):
