@@ -171,8 +171,9 @@ CARRIED = ("given", "first_frame", "prefix", "noisy_prefix", "native", "earlier"
 class Rollout:
     """One video, made chunk by chunk: each `next` takes the chunk's poses, or its warp, or nothing, and returns it.
 
-    Memory does not grow with the number of chunks. `given` holds the latents that precede the first chunk (the official
-    latent output puts them in front): the fake latent of an image, or those of a video.
+    Memory does not grow with the number of chunks, but for a picture each that a `Memory` may keep. `given` holds the
+    latents that precede the first chunk (the official latent output puts them in front): the fake latent of an image,
+    or those of a video.
     """
 
     def __init__(self, models: Models[Helios], prompts: Prompts, size: tuple[int, int], generator: torch.Generator,
