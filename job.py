@@ -248,10 +248,13 @@ def choose_lora(args: argparse.Namespace, settings: Settings, led: bool = True) 
 
 def choose_size(args: argparse.Namespace) -> tuple[int, int]:
     """Height and width, asked for or the model's own. Raises ValueError if its schedule cannot have them."""
-    size = read_index(args.weights).size if args.size is None else parse_size(args.size)
+    own = read_index(args.weights).size
+    size = own if args.size is None else parse_size(args.size)
     multiple = size_multiple(load_schedule(args.weights))
     if any(side % multiple for side in size):
         raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
+    if size != own:
+        print(f"--size {size[0]}x{size[1]}: the model was made for {own[0]}x{own[1]}, other sizes may look worse")
     return size
 
 

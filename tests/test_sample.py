@@ -292,8 +292,8 @@ def test_another_shape_is_told(place, capsys, monkeypatch, words, said):
     monkeypatch.setattr("sample.generate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         sample("--image", "tall.png", *words, "--frames", "2")
-    assert f"tall.png: 40 wide and 60 high; for --size {SIZE[0]}x{SIZE[1]}" in (error := capsys.readouterr().err)
-    assert said in error
+    assert f"tall.png: 40 wide and 60 high; for --size {SIZE[0]}x{SIZE[1]}" in (told := capsys.readouterr()).err
+    assert said in told.err and f"--size {SIZE[0]}x{SIZE[1]}: the model was made for 384x640" in told.out
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "I;16"])
