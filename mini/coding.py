@@ -1,4 +1,4 @@
-"""The VAE on whole batches of clips at once, for training it: the layers of vae.py with all frames in a batch.
+"""The VAE's decoder on whole batches of clips at once, for training it: vae.py's layers with all frames in a batch.
 
 vae.py takes frames one by one, so that memory stays small; here the same layers see all frames of all clips as one
 stack of pictures [B * T, C, H, W] in channels_last, which is several times as fast. Results are equal but for rounding.
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from helios.vae import VAE, Downsample, MidBlock, ResidualBlock, TimeConv, Upsample
+from helios.vae import VAE, MidBlock, ResidualBlock, TimeConv, Upsample
 
 torch._dynamo.config.recompile_limit = 64  # one for each width and memory layout
 
@@ -41,14 +41,6 @@ def middle(block: MidBlock, x: Tensor, frames: int) -> Tensor:
     return residual(block.resnets[1], x.contiguous(memory_format=torch.channels_last), frames)
 
 
-def downsample(layer: Downsample, x: Tensor, frames: int) -> tuple[Tensor, int]:
-    x = layer.resample(x)
-    if layer.time_conv is None or frames == 1:
-        return x, frames
-    seen = time_conv(layer.time_conv, x, frames).unflatten(0, (-1, frames))[:, 2::2]  # of frames 0-2, 2-4 ...
-    return torch.cat([x.unflatten(0, (-1, frames))[:, :1], seen], dim=1).flatten(0, 1), 1 + frames // 2
-
-
 def upsample(layer: Upsample, x: Tensor, frames: int) -> tuple[Tensor, int]:
     if layer.time_conv is not None and frames > 1:
         clips = x.movedim(1, -1).unflatten(0, (-1, frames))  # [B, T, H, W, C]
@@ -56,22 +48,6 @@ def upsample(layer: Upsample, x: Tensor, frames: int) -> tuple[Tensor, int]:
         doubled = rearrange(later, "(b t) (two c) h w -> b (t two) h w c", t=frames - 1, two=2)
         x, frames = torch.cat([clips[:, :1], doubled], dim=1).flatten(0, 1).movedim(-1, 1), 2 * frames - 1
     return layer.resample(x), frames
-
-
-def encode(vae: VAE, video: Tensor) -> Tensor:
-    """Videos [B, 3, 1 + 4k, H, W] -> the means of the raw latents [B, z, 1 + k, H/8, W/8]."""
-    batch, frames, encoder = len(video), video.shape[2], vae.encoder
-    pictures = rearrange(video, "b c t h w -> (b t) c h w").contiguous(memory_format=torch.channels_last)
-    x = time_conv(encoder.conv_in, pictures, frames)
-    for layer in encoder.down_blocks:
-        if isinstance(layer, Downsample):
-            x, frames = downsample(layer, x, frames)
-            x = x.contiguous(memory_format=torch.channels_last)
-        else:
-            x = residual(layer, x, frames)
-    x = middle(encoder.mid_block, x, frames)
-    x = time_conv(encoder.conv_out, norm_silu(x, encoder.norm_out.gamma), frames)
-    return rearrange(vae.quant_conv(x), "(b t) c h w -> b c t h w", b=batch).chunk(2, dim=1)[0]
 
 
 def decode(vae: VAE, latents: Tensor) -> Tensor:

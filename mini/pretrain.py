@@ -2,8 +2,8 @@
 
     python -m mini.pretrain clips --parts 60              # clips as latents of the linear codec
     python -m mini.pretrain dit --steps 20000             # transformer and text encoder: continue videos
-    torchrun --nproc-per-node 2 -m mini.pretrain dit ...  # the same on two cores
-    python -m mini.pretrain vae --batch 4 --steps 20000   # into and out of the same latent space
+    torchrun --nproc-per-node 2 -m -- mini.pretrain dit ...  # the same on two cores
+    python -m mini.pretrain vae --batch 4 --steps 20000   # the decoder; the encoder is written: the codec's
     python -m mini.pretrain export                        # weights/mini in the official layout
     python -m mini.pretrain dit --start weights/mini ...  # go on from an export, where no state was kept
 
@@ -40,6 +40,7 @@ from helios.flow import Schedule, training_item
 from helios.text import Tokenizer, UMT5Config, UMT5Encoder, encode_prompt
 from helios.vae import VAE, VAEConfig
 from mini import coding
+from mini.encoder import write_encoder
 from mini.latents import CHANNELS, SIZE, Codec, fit_codec, load_codec, load_parts, make_parts, save_codec, symmetries
 from mini.leaves import make_leaves
 from mini.world import caption, make_clip, make_scene
@@ -54,8 +55,8 @@ VAE_CONFIG = VAEConfig(base_dim=16, z_dim=CHANNELS, dim_mult=(1, 2, 4, 4), num_r
                        latents_mean=(0.0,) * CHANNELS, latents_std=(1.0,) * CHANNELS)
 STEM = "diffusion_pytorch_model"
 CROP = 96, 144  # of its pictures
-LEAVES = 0.25  # share of its clips that are dead leaves
-VAE_FRAMES = 29  # of a training clip: with few, what later frames remember of earlier ones is never learned
+LEAVES = 0.5  # share of its clips that are dead leaves
+VAE_FRAMES = 9, 9, 9, 29  # of its clips, in turn: what late frames remember of early ones is to be learned, too
 TEXT_ROWS = 64  # of the prompt embeddings; the official pipelines pad to 512
 LORA = ["steps=250", "lr=1.5e-3", "decay=linear", "draws=4", "forms=12", "first=1", "atlas=false", "threshold=0.1"]
 HELD_OUT = 10**6  # seeds from here on are never trained on
@@ -291,15 +292,15 @@ def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None) -> No
 # ----------------------------------------------------------------------------------------------------------------- VAE
 
 
-def draw_clip(seed: int) -> Tensor:
-    """Frames [T, H, W, 3] uint8 of a part of the world's picture, or of dead leaves; recoloured, mirrored at random."""
+def draw_clip(seed: int, count: int) -> Tensor:
+    """Frames [count, H, W, 3] uint8 of a part of the world, or of dead leaves; recoloured and mirrored at random."""
     rng = Random(seed)
     flip, order = rng.choice(symmetries())
     if rng.random() < LEAVES:
-        frames = make_leaves(seed, VAE_FRAMES, CROP)
+        frames = make_leaves(seed, count, CROP)
     else:
         top, left = (rng.randint(0, side - part) for side, part in zip(SIZE, CROP))
-        frames = make_clip(seed, VAE_FRAMES, SIZE).frames[:, top : top + CROP[0], left : left + CROP[1]]
+        frames = make_clip(seed, count, SIZE).frames[:, top : top + CROP[0], left : left + CROP[1]]
     return (frames.flip(2) if flip else frames)[..., list(order)]
 
 
@@ -308,40 +309,37 @@ def slope_error(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([(a - b).diff(dim=dim).abs().mean() for dim in (-1, -2)]).sum()
 
 
-def vae_losses(vae: VAE, codec: Codec, clips: Tensor, noise: Tensor, encoder: bool = True) -> tuple[Tensor, ...]:
-    """Of clips [B, T, H, W, 3] uint8: squared error of the latents (0 without the encoder), smooth absolute error of
-    the pictures, error of their slopes, and squared error.
+def decoder_losses(vae: VAE, codec: Codec, clips: Tensor, noise: Tensor) -> tuple[Tensor, ...]:
+    """Of clips [B, T, H, W, 3] uint8: smooth absolute error, error of the slopes, and squared error.
 
     The decoder learns from the codec's latents with a little noise, as the transformer's will not be exact either."""
     video = rearrange(clips, "b t h w c -> b c t h w") / 127.5 - 1
     with torch.autocast("cpu", enabled=False):
         latents = codec.encode(clips)
-    latent = (coding.encode(vae, video).float() - latents).square().mean() if encoder else torch.zeros(())
     decoded = coding.decode(vae, latents + noise).float()  # not clamped: that has no gradient
-    return (latent, F.smooth_l1_loss(decoded, video, beta=0.1), slope_error(decoded, video),
+    return (F.smooth_l1_loss(decoded, video, beta=0.1), slope_error(decoded, video),
             (decoded.clamp(-1, 1) - video).square().mean())
 
 
-def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None, encoder: bool) -> None:
-    """With its `encoder`, or the decoder alone, which is the weaker half: the encoder's latents are soon exact."""
+def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None) -> None:
+    """The decoder; the encoder is written."""
     codec = load_codec(folder / "codec.safetensors")
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG)
-    with torch.no_grad():  # a posterior without spread, which nothing trains
-        for name, value in (("weight", 0), ("bias", -30)):
-            vae.quant_conv.get_parameter(name)[VAE_CONFIG.z_dim :] = value
     if start is not None:
         vae.load_state_dict(load_file(start / "vae" / f"{STEM}.safetensors"))
+    write_encoder(vae, codec)
     for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(encoder)
+        part.requires_grad_(False)
 
     def accumulate(network: VAE, step: int, rank: int) -> float:
         first, draws = (step * 64 + rank) * size, torch.Generator().manual_seed(step * 64 + rank)
-        clips = torch.stack([draw_clip(HELD_OUT // 2 + first + index) for index in range(size)])
-        shape = size, CHANNELS, 1 + VAE_FRAMES // 4, CROP[0] // 8, CROP[1] // 8
+        count = VAE_FRAMES[step % len(VAE_FRAMES)]
+        clips = torch.stack([draw_clip(HELD_OUT // 2 + first + index, count) for index in range(size)])
+        shape = size, CHANNELS, 1 + count // 4, CROP[0] // 8, CROP[1] // 8
         noise = 0.1 * torch.rand(size, 1, 1, 1, 1, generator=draws) * torch.randn(shape, generator=draws)
-        latent, picture, slopes, _ = vae_losses(network, codec, clips, noise, encoder)
-        loss = latent + 4 * picture + slopes
+        picture, slopes, _ = decoder_losses(network, codec, clips, noise)
+        loss = 4 * picture + slopes
         loss.backward()
         return loss.item()
 
@@ -349,11 +347,10 @@ def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None, encod
     def validate(network: VAE) -> dict:
         clips = [make_clip(HELD_OUT + 500 + index, WINDOW, SIZE).frames for index in range(6)]
         leaves = [make_leaves(HELD_OUT + index, WINDOW, SIZE) for index in range(3)]
-        rows = [torch.stack(vae_losses(network, codec, clip[None], torch.zeros(1), encoder)) for clip in clips + leaves]
-        decibels = [-10 * math.log10(row[3] / 4) for row in rows]
-        latent, slopes = (torch.stack(rows[:6])[:, index].mean().item() for index in (0, 2))
-        psnr, other = sum(decibels[:6]) / 6, sum(decibels[6:]) / 3
-        return {"latent": latent, "slopes": slopes, "psnr": psnr, "psnr, leaves": other}
+        rows = [decoder_losses(network, codec, clip[None], torch.zeros(1)) for clip in clips + leaves]
+        decibels = [-10 * math.log10(row[2] / 4) for row in rows]
+        slopes = sum(row[1].item() for row in rows[:6]) / 6
+        return {"slopes": slopes, "psnr": sum(decibels[:6]) / 6, "psnr, leaves": sum(decibels[6:]) / 3}
 
     fit(vae, accumulate, validate, recipe, folder / "vae.safetensors")
 
@@ -414,7 +411,6 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--half", action="store_true", help="compute in bf16: faster where a CPU has avx512_bf16")
-    parser.add_argument("--encoder", action="store_true", help="vae: train the encoder too, not the decoder alone")
     parser.add_argument("--start", type=Path, help="an export, whose codec, tokenizer or weights to begin with")
     parser.add_argument("--target", type=Path, default=Path("weights/mini"), help="export: where to")
     args = parser.parse_args()
@@ -435,7 +431,7 @@ def main() -> None:
     elif args.part == "dit":
         train_dit(args.folder, recipe, args.batch, args.start)
     else:
-        train_vae(args.folder, recipe, args.batch, args.start, args.encoder)
+        train_vae(args.folder, recipe, args.batch, args.start)
 
 
 if __name__ == "__main__":

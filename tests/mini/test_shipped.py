@@ -6,6 +6,7 @@ from pathlib import Path
 import peers
 import pytest
 import torch
+from einops import rearrange
 from goldens import check
 from safetensors.torch import load_file
 
@@ -14,6 +15,7 @@ from geometry.pi3x import load_pi3x
 from helios.text import Tokenizer, UMT5Encoder
 from helios.vae import VAE
 from mini.latents import load_codec
+from mini.world import make_clip
 from model import Helios
 from wah import CHUNK, pseudo_history
 
@@ -44,6 +46,13 @@ def test_networks_have_every_tensor(part):
     loaded = network.state_dict()
     assert loaded.keys() == {network.aliases.get(key, key) for key in state}
     assert all(torch.equal(loaded[network.aliases.get(key, key)], value.float()) for key, value in state.items())
+
+
+def test_the_vae_encodes_as_the_codec_does():
+    codec, vae, frames = load_codec(SHIPPED / "codec.safetensors"), load(VAE, SHIPPED / "vae"), make_clip(3, 9, (64, 96)).frames
+    expected = codec.encode(frames[None])
+    latents, _ = vae.encode(rearrange(frames, "t h w c -> 1 c t h w") / 127.5 - 1)
+    assert (latents - expected).square().mean() < 1e-4 * expected.square().mean()
 
 
 def test_diffusers_agrees():
