@@ -3,7 +3,7 @@
     python -m mini.pretrain clips --parts 60              # clips as latents of the linear codec
     python -m mini.pretrain dit --steps 20000             # transformer and text encoder: continue videos
     torchrun --nproc-per-node 2 -m -- mini.pretrain dit ...  # the same on two cores
-    python -m mini.pretrain vae --batch 4 --steps 20000   # the decoder; the encoder is written: the codec's
+    python -m mini.pretrain vae --batch 4 --steps 20000   # its decoder; the encoder is written
     python -m mini.pretrain export                        # weights/mini in the official layout
     python -m mini.pretrain dit --start weights/mini ...  # go on from an export, where no state was kept
 
@@ -55,8 +55,8 @@ VAE_CONFIG = VAEConfig(base_dim=16, z_dim=CHANNELS, dim_mult=(1, 2, 4, 4), num_r
                        latents_mean=(0.0,) * CHANNELS, latents_std=(1.0,) * CHANNELS)
 STEM = "diffusion_pytorch_model"
 CROP = 96, 144  # of its pictures
-LEAVES = 0.5  # share of its clips that are dead leaves
-VAE_FRAMES = 9, 9, 9, 29  # of its clips, in turn: what late frames remember of early ones is to be learned, too
+LEAVES = 0.25  # share of its clips that are dead leaves
+VAE_FRAMES = 29  # of a training clip: with few, what later frames remember of earlier ones is never learned
 TEXT_ROWS = 64  # of the prompt embeddings; the official pipelines pad to 512
 LORA = ["steps=250", "lr=1.5e-3", "decay=linear", "draws=4", "forms=12", "first=1", "atlas=false", "threshold=0.1"]
 HELD_OUT = 10**6  # seeds from here on are never trained on
@@ -292,15 +292,15 @@ def train_dit(folder: Path, recipe: Recipe, size: int, start: Path | None) -> No
 # ----------------------------------------------------------------------------------------------------------------- VAE
 
 
-def draw_clip(seed: int, count: int) -> Tensor:
-    """Frames [count, H, W, 3] uint8 of a part of the world, or of dead leaves; recoloured and mirrored at random."""
+def draw_clip(seed: int) -> Tensor:
+    """Frames [T, H, W, 3] uint8 of a part of the world, or of dead leaves; recoloured and mirrored at random."""
     rng = Random(seed)
     flip, order = rng.choice(symmetries())
     if rng.random() < LEAVES:
-        frames = make_leaves(seed, count, CROP)
+        frames = make_leaves(seed, VAE_FRAMES, CROP)
     else:
         top, left = (rng.randint(0, side - part) for side, part in zip(SIZE, CROP))
-        frames = make_clip(seed, count, SIZE).frames[:, top : top + CROP[0], left : left + CROP[1]]
+        frames = make_clip(seed, VAE_FRAMES, SIZE).frames[:, top : top + CROP[0], left : left + CROP[1]]
     return (frames.flip(2) if flip else frames)[..., list(order)]
 
 
@@ -334,9 +334,8 @@ def train_vae(folder: Path, recipe: Recipe, size: int, start: Path | None) -> No
 
     def accumulate(network: VAE, step: int, rank: int) -> float:
         first, draws = (step * 64 + rank) * size, torch.Generator().manual_seed(step * 64 + rank)
-        count = VAE_FRAMES[step % len(VAE_FRAMES)]
-        clips = torch.stack([draw_clip(HELD_OUT // 2 + first + index, count) for index in range(size)])
-        shape = size, CHANNELS, 1 + count // 4, CROP[0] // 8, CROP[1] // 8
+        clips = torch.stack([draw_clip(HELD_OUT // 2 + first + index) for index in range(size)])
+        shape = size, CHANNELS, 1 + VAE_FRAMES // 4, CROP[0] // 8, CROP[1] // 8
         noise = 0.1 * torch.rand(size, 1, 1, 1, 1, generator=draws) * torch.randn(shape, generator=draws)
         picture, slopes, _ = decoder_losses(network, codec, clips, noise)
         loss = 4 * picture + slopes
