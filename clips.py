@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from files import media
-from files.arrays import read_arrays
+from files.arrays import Arrays
 from files.checkpoint import open_safetensors
 from files.depth import known_depth, load_depth
 from files.machine import network_dtype
@@ -219,7 +219,7 @@ def read_depths(path: Path, inverse: bool = False) -> tuple[list[Tensor], tuple[
     if path.is_dir():
         files = media.list_pictures(path)
         return [load_depth(file, inverse) for file in files], tuple(file.name for file in files)
-    arrays = read_arrays(path)
+    arrays = Arrays(path)
     if len(arrays) != 1 and "depth" not in arrays:
         raise ValueError(f"{path}: arrays {', '.join(sorted(arrays))}, expected one, or one named 'depth'")
     depth = arrays["depth"] if "depth" in arrays else next(iter(arrays.values()))

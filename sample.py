@@ -219,9 +219,12 @@ def prompts_in(words: str) -> list[str]:
 class Networks:
     """What videos need of the weights: loaded when the first one needs it, and kept for the others of a list."""
 
-    def __init__(self, load: Loader, coming: Iterable[str] = ()):
-        """coming: more prompts, which are embedded with the first ones, before the transformer takes the memory."""
-        self.load, self.coming, self.embedded = load, {*coming}, {}
+    def __init__(self, load: Loader, coming: Iterable[str] = (), guided: bool = False):
+        """coming: the prompts of more videos, which are embedded with the first ones, before the transformer takes the
+        memory; with that of guidance, where one of them may be guided."""
+        self.load, self.embedded = load, {}
+        parts = {part for words in coming for part in prompts_in(words)}
+        self.coming = {*parts, *map(add_trigger, parts), *([NEGATIVE_PROMPT] if guided else ())}
         self.key: tuple = ()
         self.loaded: Models[Helios] | None = None
 
@@ -355,8 +358,8 @@ def row_args(args: argparse.Namespace, row: dict) -> argparse.Namespace:
 def make_list(args: argparse.Namespace, settings: Settings, load: Loader) -> None:
     """All videos of a list, but those that are there; one that fails is told and left."""
     rows = list_rows(args, settings)
-    coming = {prompt for _, row in rows for prompt in prompts_in(row.get("prompt") or args.prompt)}
-    networks = Networks(load, {*coming, *map(add_trigger, coming), NEGATIVE_PROMPT})
+    guided = settings.guidance > 1 or any("guidance" in row for _, row in rows)
+    networks = Networks(load, [row.get("prompt") or args.prompt for _, row in rows], guided)
     made, there, failed = 0, 0, []
     for number, row in rows:
         print(f"{args.list}, row {number}: {row['out']}")

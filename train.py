@@ -39,7 +39,7 @@ from clips import (
     load_clips,
     read_sources,
 )
-from files.cli import Parser, deferred_interrupt, existing, parse_size, run_program
+from files.cli import Parser, deferred_interrupt, existing, run_program
 from files.draw import contact_sheet, save_png
 from files.machine import Clock, allow_tf32, check_device, default_device, describe_machine, peak_memory, send
 from files.media import to_frames
@@ -61,11 +61,11 @@ from helios.load import (
     embed_prompts,
     files_read,
     load_models,
-    size_multiple,
 )
 from helios.lora import Lora
 from helios.team import Led, Text, add_gradients, follow, lead, ranks
 from helios.vae import VAE
+from job import choose_size
 from memory import Camera
 from model import Helios, History
 from render import FILLS
@@ -294,9 +294,7 @@ def check(args: argparse.Namespace) -> Job:
     if args.memory == "stream" and not recipe.checkpointing:
         raise ValueError("--memory stream needs --set checkpointing=true: the backward pass fetches the blocks once"
                          " more")
-    size, multiple = index.size if args.size is None else parse_size(args.size), size_multiple(schedule)
-    if any(side % multiple for side in size):
-        raise ValueError(f"--size {size[0]}x{size[1]}: height and width must be multiples of {multiple}")
+    size = choose_size(args)
     if not set(recipe.stages) <= set(range(schedule.stages)) or not recipe.stages:
         raise ValueError(f"--set stages={recipe.stages}: {args.weights} has stages 0 to {schedule.stages - 1}")
     if not len(args.poses) == len(args.depth) in (0, len(sources)):

@@ -1,5 +1,6 @@
 """Videos of cases, made as sample.py makes them, with the networks loaded once; what is there is not made again."""
 
+import argparse
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,9 +17,8 @@ from files.settings import show_value
 from files.video import write_video
 from files.writing import replacing
 from geometry.camera import WINDOW
-from helios.load import Models, Prompts, encode_each, load_models
+from helios.load import load_network, prompt_at
 from job import Job, check, load_settings, prepare
-from model import Helios
 from wah import Rollout
 
 
@@ -38,8 +38,9 @@ class Maker:
     def mask(self, case: str) -> Path:
         return self.folder / "masks" / f"{case}.npy"
 
-    def job(self, case: Case, picture: Path, path: Path, settings: list[str], way: Way) -> tuple[int, Job]:
-        """Seed, and all of a video's inputs, checked."""
+    def job(self, case: Case, picture: Path, path: Path, settings: list[str],
+            way: Way) -> tuple[argparse.Namespace, Job]:
+        """The words of a video's command, and all of its inputs, checked."""
         options = [f"{name}={show_value(value)}" for name, value in way.options.items()]
         frames, options = WINDOW * max(len(case.actions), 1), [*self.settings, *settings, *options]
         args = sample.parse([
@@ -47,27 +48,24 @@ class Maker:
             "--lora", str(way.lora or "off"), *self.words, *(["--set", *options] if options else [])])
         chosen = load_settings(args)
         check(args, chosen)
-        return chosen.seed, prepare(args, chosen)
+        return args, prepare(args, chosen)
 
     @cached_property
-    def networks(self) -> tuple[Models[Helios], dict[str, Prompts]]:
-        args = sample.parse([*self.words, *(["--set", *self.settings] if self.settings else [])])
-        settings = load_settings(args)
-        lora = any(way.lora for way in self.ways.values())
-        embedded = encode_each(args.weights, [*self.prompts], lora, settings.guidance > 1, settings.device, args.memory)
-        models = load_models(Helios, args.weights, settings.device, args.memory, settings.vae)
-        return models, dict(zip(self.prompts, embedded))
+    def networks(self) -> sample.Networks:
+        return sample.Networks(load_network, self.prompts)
 
     def make(self, case: Case, picture: Path, path: Path, settings: list[str], row: str) -> None:
         """Without a camera the picture is the same, and nothing leads."""
         way = self.ways[row]
-        seed, job = self.job(case, picture, path, settings, way)
-        models, prompts = self.networks
-        rollout = Rollout(models, prompts[case.prompt], job.size, torch.Generator().manual_seed(seed), job.start.image,
+        args, job = self.job(case, picture, path, settings, way)
+        prompts, models = self.networks.give(args, job)
+        generator = torch.Generator().manual_seed(job.settings.seed)
+        rollout = Rollout(models, prompts[0], job.size, generator, job.start.image,
                           camera=job.start.camera if way.led else None, lora=job.lora, options=job.settings)
         parts: dict[str, list[np.ndarray]] = {"video": [], "warp": [], "mask": []}
         for control in job.controls:
-            chunk = rollout.next(control.poses, zoom=control.zoom) if way.led else rollout.next()
+            prompt = prompt_at(prompts, rollout.chunk, job.settings.prompt_blend)
+            chunk = rollout.next(control.poses, prompt=prompt, zoom=control.zoom) if way.led else rollout.next(prompt=prompt)
             parts["video"].append(to_frames(chunk.frames))
             if chunk.warp is not None:
                 parts["warp"].append(to_frames(chunk.warp.frames[:, :, -WINDOW:]))

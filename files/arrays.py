@@ -111,8 +111,3 @@ class Arrays(Mapping[str, np.ndarray]):
         if len(numbers) != header.size:
             raise ValueError(f"{len(numbers)} bytes, expected {header.size}")
         return np.frombuffer(numbers, header.dtype).reshape(header.shape, order=header.order)
-
-
-def read_arrays(path: str | Path) -> Arrays:
-    """What an .npy or .npz file holds. Raises ValueError naming a file that is none."""
-    return Arrays(path)

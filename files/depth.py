@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files.arrays import read_arrays
+from files.arrays import Arrays
 from files.media import open_image
 
 FAR = 1e9  # and beyond: what renderers write where there is nothing
@@ -36,7 +36,7 @@ def read_numbers(path: Path) -> np.ndarray:
         raise ValueError(f"{path}: OpenEXR is not read, expected .npy, .npz, .pfm or a 16-bit png: save the channel as"
                          " float32 with numpy")
     if begin[:2] == b"PK" or begin == b"\x93NUMPY" or path.suffix.lower() in (".npy", ".npz"):
-        arrays = read_arrays(path)
+        arrays = Arrays(path)
         found = [name for name in NAMES if name in arrays] or list(arrays)
         if len(arrays) != 1 and found[0] not in NAMES:
             raise ValueError(f"{path}: arrays {', '.join(sorted(arrays))}, expected one, or one named 'depth'")

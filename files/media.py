@@ -21,7 +21,7 @@ from einops import rearrange
 from PIL import Image, ImageCms, ImageOps, ImageSequence
 from torch import Tensor
 
-from files.arrays import read_arrays
+from files.arrays import Arrays
 from files.cli import note
 from files.video import MAX_PIXELS, check_pixels, decode
 
@@ -206,7 +206,7 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
     if path.is_dir():
         frames = (np.array(load_image(file)) for file in list_pictures(path))
     elif path.suffix.lower() == ".npy":
-        frames = read_arrays(path)[""]
+        frames = Arrays(path)[""]
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
             raise ValueError(f"{path}: array of shape {frames.shape}, type {frames.dtype}, expected [T,H,W,3] uint8")
     elif path.is_file() and is_picture(path):
@@ -229,7 +229,7 @@ def read_mask(path: str | Path) -> Iterator[np.ndarray]:
     if Path(path).suffix.lower() != ".npy":
         yield from (frame.mean(-1, dtype=np.float32) / 255 for frame in read_frames(path))
         return
-    array = read_arrays(path)[""]
+    array = Arrays(path)[""]
     if array.ndim != 3 or array.dtype.kind not in "bfiu" or array.size == 0:
         raise ValueError(f"{path}: array of shape {array.shape}, type {array.dtype}, expected a mask [T,H,W]")
     scale = 255 if array.max() > 1 else 1

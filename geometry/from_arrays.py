@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files.arrays import read_arrays
+from files.arrays import Arrays
 from geometry.recording import Recording, numbers, pinhole_of
 
 POSES = {  # name of the array -> convention
@@ -25,7 +25,7 @@ def poses_bounds(file: Path, rows: np.ndarray) -> Recording:
 
 def from_arrays(file: Path) -> Recording:
     """Any one array of POSES; of ViPE `data` and `inds`; with the intrinsics, `fps`, and the depth's size if there."""
-    arrays = read_arrays(file)
+    arrays = Arrays(file)
     found = [name for name in POSES if name in arrays and (name != "data" or "inds" in arrays)]
     if len(found) != 1:
         problem = "more than one layout" if found else "no array of poses"
@@ -47,7 +47,7 @@ def from_arrays(file: Path) -> Recording:
     beside = next((key for key in LENSES if key in arrays), None)
     near = file.with_name("intrinsics.npy")
     if beside is None and near != file and near.is_file():
-        found.lens = pinhole_of(read_arrays(near)[""], str(near))
+        found.lens = pinhole_of(Arrays(near)[""], str(near))
     elif beside is not None:
         found.lens = pinhole_of(arrays[beside], f"{file}: {beside!r}")
     if found.lens is not None and "depth" in arrays and name != "data":

@@ -12,7 +12,7 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from files.arrays import read_arrays
+from files.arrays import Arrays
 from files.depth import load_depth
 from geometry.camera import CameraPath, moves, resolve_lens, square_lens, unit_length
 from geometry.paths import load_path
@@ -40,7 +40,7 @@ def depth_lens(path: Path, size: tuple[int, int]) -> dict:
     """`lens` and `size` of a CameraPath, where an archive states them beside its depth: `fov` (horizontal degrees),
     `focallength_px` of the map's `size` [h,w], or `intrinsics` in its pixels or in shares."""
     with open(path, "rb") as file:
-        arrays = read_arrays(path) if file.read(2) == b"PK" else {}
+        arrays = Arrays(path) if file.read(2) == b"PK" else {}
     height, width = size
     if "fov" in arrays and arrays["fov"].size == 1:
         return square_lens(arrays["fov"].item())

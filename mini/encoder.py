@@ -32,7 +32,7 @@ def rows(functionals: Tensor, count: int) -> Tensor:
 def halve(layer: Downsample, weight: Tensor) -> None:
     """Make the first outputs linear functionals [O, 4, I] of 2x2 neighbours."""
     kernel = rearrange(weight, "o (a b) i -> o i a b", a=2)
-    layer.resample[1].weight[: kernel.shape[0], : kernel.shape[1], :2, :2] = kernel
+    layer.resample[1].get_parameter("weight")[: kernel.shape[0], : kernel.shape[1], :2, :2] = kernel
 
 
 def halve_time(layer: Downsample, still: int, change: Tensor) -> None:
@@ -76,10 +76,10 @@ def write_encoder(vae: VAE, codec: Codec) -> None:
     both = rows(motion.flatten(1)[None], MOVING_8)
     halve_time(to_8x8, STILL_8, both.unflatten(1, (2, -1)))
 
-    encoder.mid_block.resnets[1].conv2.bias[-1] = CONSTANT
+    encoder.mid_block.resnets[1].conv2.get_parameter("bias")[-1] = CONSTANT
     encoder.norm_out.gamma.fill_(GAIN)
     slope = GAIN * len(encoder.norm_out.gamma) ** 0.5 / CONSTANT / 2  # of norm and SiLU together
     latents = torch.cat([level, motion.flatten(1) @ both.T], dim=1) / codec.scale[:, None] / slope
     encoder.conv_out.weight[: latents.shape[0], : latents.shape[1], -1, 1, 1] = latents
     vae.quant_conv.weight[:, :, 0, 0, 0].fill_diagonal_(1)
-    vae.quant_conv.bias[len(latents) :] = CERTAIN
+    vae.quant_conv.get_parameter("bias")[len(latents) :] = CERTAIN

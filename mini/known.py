@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from files.media import from_frames
-from geometry.camera import WINDOW, inverse
+from geometry.camera import WINDOW, inverse, turn_degrees
 from geometry.pi3x import Pi3X
 from geometry.surface import ensure_valid, estimate, median_depth, transform, unproject
 from mini import world
@@ -140,7 +140,6 @@ def camera_error(frames: Tensor, scene: world.Scene, clip: Clip, at: list[int]) 
         way = torch.linalg.inv(first) @ true
         half = first @ twist(0.5 * torch.stack([way[2, 1], way[0, 2], way[1, 0], *way[:3, 3]]))
         found = find_camera(soft(frames[:, :, index])[0], torch.stack([true, half, first]), draw)
-        apart = torch.linalg.inv(true) @ found
-        turns.append(torch.rad2deg(((apart[:3, :3].trace() - 1) / 2).clamp(-1, 1).acos()).item())
-        shifts.append(apart[:3, 3].norm().item())
+        turns.append(turn_degrees(true[None, :3, :3], found[None, :3, :3]).item())
+        shifts.append((found - true)[:3, 3].norm().item())
     return {"turn": float(np.mean(turns)), "shift": float(np.mean(shifts))}

@@ -1,8 +1,8 @@
 """A linear codec with the VAE's shapes, and the miniature's clips as its latents on disk.
 
 The transformer is pretrained in a latent space that is fixed beforehand: principal components of 4x8x8-pixel blocks, 32
-of them, in the layout of the VAE (1 + 4k frames, the first one alone, as if it stood still for four). The VAE's encoder is
-this codec (mini/encoder.py), and its decoder is trained beside the transformer instead of before it. The covariance is
+of them, in the layout of the VAE (1 + 4k frames, the first one alone, as if it stood still for four). The VAE's encoder
+is this codec (mini/encoder.py); its decoder is trained beside the transformer instead of before it. The covariance is
 averaged over mirror images and permutations of the colour channels, so that both are exact linear maps of the latents:
 augmentation without decoding. Half-whitened: channel deviations are the square roots of the components'.
 """

@@ -23,7 +23,7 @@ from torch import Tensor
 from evaluation.quality import psnr
 from evaluation.table import means
 from files.cli import run_program
-from files.draw import contact_sheet, evenly_spaced, save_png
+from files.draw import contact_sheet, save_png
 from files.media import from_frames, to_frames
 from geometry.camera import WINDOW, inverse, product, scale_translation
 from geometry.pi3x import find_pi3x, load_pi3x
@@ -150,8 +150,7 @@ def run(args: argparse.Namespace) -> None:
         numbers, videos = judge(args.weights, scene, clip, target, [WINDOW - 1, FRAMES - 1])
         for name, each in numbers.items():
             rows.setdefault(name, {})[str(seed)] = each
-        tiles = {name: frames[evenly_spaced(FRAMES, 7)] for name, frames in videos.items()}
-        save_png(args.out / f"{seed}.png", contact_sheet(tiles))
+        save_png(args.out / f"{seed}.png", contact_sheet(videos, 7))
         print(f"scene {seed}, {time.perf_counter() - begin:.0f} s: {clip.caption}", flush=True)
         (args.out / "table.md").write_text(means(rows))
     print(means(rows))

@@ -30,7 +30,7 @@ import torch
 from goldens import DISTILLED, GEOMETRY, HELIOS
 from safetensors.torch import save
 
-from files.arrays import read_arrays
+from files.arrays import Arrays
 from files.checkpoint import build, few, load, read_json_value
 from files.depth import load_depth
 from files.machine import host_memory
@@ -273,7 +273,7 @@ def check_shards(file: Path) -> None:
 
 
 def all_arrays(file: Path) -> None:
-    for array in read_arrays(file).values():
+    for array in Arrays(file).values():
         assert array.dtype.kind in "biuf" and array.dtype.itemsize > 0
 
 

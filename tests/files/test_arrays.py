@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from files.arrays import read_arrays
+from files.arrays import Arrays
 
 POSES = np.arange(64, dtype=np.float32).reshape(4, 4, 4)
 
@@ -28,7 +28,7 @@ def npz(path, method=zipfile.ZIP_DEFLATED, **members: bytes):
 def refused(path, *words: str) -> str:
     """The one line that a file is refused with."""
     with pytest.raises(ValueError) as error:
-        arrays = read_arrays(path)
+        arrays = Arrays(path)
         list(arrays.values())
     line = str(error.value)
     assert line.startswith(str(path)) and "\n" not in line and len(line) < 500
@@ -41,20 +41,20 @@ def test_what_numpy_writes(tmp_path, save):
     arrays = {"a": np.asfortranarray(POSES), "b": POSES[0] > 3, "c": POSES.astype(">f8"), "d": np.float16(2),
               "e": np.zeros((0, 3), np.uint8)}
     save(tmp_path / "x.npz", **arrays)
-    found = read_arrays(tmp_path / "x.npz")
+    found = Arrays(tmp_path / "x.npz")
     assert list(found) == list(arrays) and "f" not in found
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
         assert found[name].shape == array.shape and found[name].dtype.isnative
     np.save(tmp_path / "x.npy", np.asfortranarray(POSES))
-    assert list(read_arrays(tmp_path / "x.npy")) == [""]
-    np.testing.assert_array_equal(read_arrays(tmp_path / "x.npy")[""], POSES)
+    assert list(Arrays(tmp_path / "x.npy")) == [""]
+    np.testing.assert_array_equal(Arrays(tmp_path / "x.npy")[""], POSES)
 
 
 def test_a_kind_is_told_by_content(tmp_path):
     np.save(tmp_path / "x.npy", POSES)
     (tmp_path / "x.npy").rename(tmp_path / "x.npz")
-    np.testing.assert_array_equal(read_arrays(tmp_path / "x.npz")[""], POSES)
+    np.testing.assert_array_equal(Arrays(tmp_path / "x.npz")[""], POSES)
     (tmp_path / "y.npz").write_bytes(b"nothing")
     refused(tmp_path / "y.npz", "not a readable numpy file")
 
@@ -63,11 +63,11 @@ def test_only_what_is_asked_for_is_read(tmp_path):
     buffer = io.BytesIO()
     np.save(buffer, np.array([{"a": 1}], dtype=object), allow_pickle=True)
     path = npz(tmp_path / "x.npz", poses=npy(), broken=b"\x93NUMPY\x07", objects=buffer.getvalue())
-    np.testing.assert_array_equal(read_arrays(path)["poses"], POSES)
+    np.testing.assert_array_equal(Arrays(path)["poses"], POSES)
     with pytest.raises(ValueError, match="x.npz: 'objects': not a readable numpy file of plain numbers"):
-        read_arrays(path)["objects"]
+        Arrays(path)["objects"]
     with pytest.raises(ValueError, match="x.npz: no array 'depth', found broken, objects, poses"):
-        read_arrays(path)["depth"]
+        Arrays(path)["depth"]
 
 
 HEADERS = {
