@@ -44,6 +44,7 @@ from geometry.paths import path_json
 from geometry.pi3x import Pi3X, find_pi3x
 from geometry.scene import describe_visible
 from geometry.surface import estimate
+from helios.index import read_index
 from helios.load import (
     MEMORY,
     NEGATIVE_PROMPT,
@@ -112,7 +113,7 @@ def parse(words: list[str]) -> argparse.Namespace:
     group.add_argument("--memory", choices=MEMORY, default="full", metavar="KIND",
                        help="full, fp8 or stream (docs/memory.md)")
     args = parser.parse_args(words)
-    if not words:
+    if not {*words} - {"--continue"}:
         vars(args).update(DEMO)
     return argparse.Namespace(**vars(args), words=words)
 
@@ -149,11 +150,11 @@ def check_camera(pi3x: Pi3X, video: Path, path: CameraPath) -> dict:
     return path_error(estimated, wanted)
 
 
-def measure(job: Job, video: Path) -> dict[str, float]:
-    """Seams and drift of the finished video, and, where Pi3X is at hand and can compare two frames, how far its camera
-    is from the path."""
+def measure(job: Job, video: Path, compares: bool) -> dict[str, float]:
+    """Seams and drift of the finished video, and, where there is a Pi3X that `compares` frames, how far its camera is
+    from the path."""
     found = steadiness(read_frames(video))
-    if job.pi3x is not None and job.path is not None and job.frames > CHECK_STRIDE:
+    if compares and job.pi3x is not None and job.path is not None and job.frames > CHECK_STRIDE:
         found |= check_camera(job.pi3x(), video, job.path)
     return found
 
@@ -315,7 +316,8 @@ def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bo
             if job.filmed is not None:
                 files["path"].write_text(path_json(job.filmed) + "\n")
             if "check" in files:
-                found = measure(job, files["video"])
+                compares = (settings.keyframes or read_index(args.weights).keyframes) > 1  # the miniature's does not
+                found = measure(job, files["video"], compares)
                 files["check"].write_text(json.dumps(found, indent=1) + "\n")
                 print("check: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         output.finish()
@@ -332,11 +334,12 @@ def list_rows(args: argparse.Namespace, settings: Settings) -> list[tuple[int, d
     unknown = [name for name in rows[0][1] if name is not None and name not in known]
     if unknown:
         raise ValueError(f"{args.list}: column {unknown[0]!r}, expected one of {', '.join(sorted(known))}")
-    outs: dict[Path, int] = {}
+    files: dict[Path, int] = {}
     for number, row in rows:
-        first_of = outs.setdefault(Path(row["out"] or "").resolve(), number)
-        if row["out"] and first_of != number:
-            raise ValueError(f"{args.list}: rows {first_of} and {number} have the same out, {row['out']}")
+        for name, file in (("out", row["out"]), ("latents", row.get("latents") or settings.latents)):
+            if file and files.setdefault(Path(file).resolve(), number) != number:
+                other = files[Path(file).resolve()]
+                raise ValueError(f"{args.list}: rows {other} and {number} have the same {name}, {file}")
     return rows[first - 1::step]
 
 
@@ -369,6 +372,8 @@ def make_list(args: argparse.Namespace, settings: Settings, load: Loader) -> Non
                 there += 1
                 continue
             whole = make(mine, load_settings(mine), networks)
+        except KeyboardInterrupt:
+            whole = False
         except ConnectionError:
             raise  # not the row's fault
         except (ValueError, OSError, MemoryError, RuntimeError) as error:

@@ -101,6 +101,25 @@ def test_stopped_lists_go_on(place, capsys, monkeypatch):
     assert "2 rows, 1 made, 1 were there" in capsys.readouterr().out and not Path("d_parts").exists()
 
 
+def test_ctrl_c_in_a_first_chunk_tells_of_the_rows_before_it(place, capsys, monkeypatch):
+    original = Rollout.next
+
+    def next_chunk(self, *control):
+        if Path("a.mp4").is_file():
+            raise KeyboardInterrupt
+        return original(self, *control)
+
+    monkeypatch.setattr(Rollout, "next", next_chunk)
+    assert run("--list", "jobs.csv", "--set", "part=1/3") == 130
+    assert "after 1 videos" in capsys.readouterr().err
+
+
+def test_rows_do_not_share_a_file(place, capsys):
+    Path("jobs.csv").write_text("out\na.mp4\nb.mp4\n")
+    assert run("--list", "jobs.csv", "--set", "latents=x.safetensors") == 2
+    assert "rows 1 and 2 have the same latents, x.safetensors" in capsys.readouterr().err and not videos()
+
+
 @pytest.mark.parametrize("text, parts", [
     ("image,prompt\nimage.png,a\n", ["expected out"]), ("out,colour\na.mp4,red\n", ["colour", "seed"]), ("out\na.mp4\n./a.mp4\n", ["rows 1 and 2", "a.mp4"]),
     ("out,seed\n", ["at least one row"]), ("out,device\na.mp4,cpu\n", ["device"]), ("out,list\na.mp4,jobs.csv\n", ["list"]),

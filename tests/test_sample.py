@@ -24,7 +24,7 @@ from helios.load import load_models
 from job import start_video
 from mini.world import STILLS, caption, make_scene
 from render import Warp
-from sample import parse, pictures
+from sample import DEMO, parse, pictures
 from wah import Chunk, Rollout
 
 RUNS = goldens.tensors(HELIOS / "pipeline_runs.safetensors")
@@ -143,6 +143,16 @@ def test_the_check_of_a_short_video_has_no_camera(place):
     assert sample(*words) == 0
     measured = json.loads((place / "out_check.json").read_text())
     assert measured["sharpness"] > 0 and "rotation_degrees" not in measured
+
+
+def test_a_network_that_cannot_compare_frames_checks_no_camera(place):
+    words = ["--image", "image.png", *PI3X, "--move", "forward 1", "--frames", "5", "--set", "check=true", "steps=1,1,1"]
+    assert sample(*words, "keyframes=1") == 0
+    assert "rotation_degrees" not in json.loads((place / "out_check.json").read_text())
+
+
+def test_the_demo_goes_on_by_the_words_that_it_prints():
+    assert parse(["--continue"]).image == parse([]).image == DEMO["image"]
 
 
 def test_keyframes_are_the_weights_own(place, monkeypatch):
