@@ -75,7 +75,7 @@ def load_models(transformer: type[N], weights: Path, device: torch.device | str,
     channels = read_config(transformer.Config, weights / "transformer" / "config.json").in_channels
     if tiny is not None and tiny.channels != channels:
         raise ValueError(f"{find_taehv(weights)}: its latents have {tiny.channels} channels, expected {channels}")
-    encoder = tiny if vae == "taehv" and tiny is not None else load(VAE, weights / "vae", device)
+    encoder = tiny if vae == "taehv" and tiny is not None else load(VAE, weights / "vae", device).find_idle()
     return Models(load_network(transformer, weights / "transformer", device, memory), encoder, schedule, tiny)
 
 

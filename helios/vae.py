@@ -124,6 +124,8 @@ def activate(norm: RMSNorm, frames: Frames) -> Frames:
 
 
 class ResidualBlock(nn.Module):
+    idle = False  # whether its branch adds nothing but a constant, see `VAE.find_idle`
+
     def __init__(self, dim_in: int, dim_out: int):
         super().__init__()
         self.norm1 = RMSNorm(dim_in, 3)
@@ -133,6 +135,8 @@ class ResidualBlock(nn.Module):
         self.conv_shortcut = PointConv(dim_in, dim_out) if dim_in != dim_out else nn.Identity()
 
     def forward(self, frames: Frames, cache: Cache) -> Frames:
+        if self.idle:
+            return [self.conv_shortcut(x) + self.conv2.get_parameter("bias")[:, None, None] for x in frames]
         h = activate(self.norm2, self.conv1(activate(self.norm1, frames), cache))
         return [y.add_(self.conv_shortcut(x)) for x, y in zip(frames, self.conv2(h, cache))]
 
@@ -311,6 +315,14 @@ class VAE(Network):
         self.quant_conv = PointConv(2 * config.z_dim, 2 * config.z_dim)
         self.post_quant_conv = PointConv(config.z_dim, config.z_dim)
         self.decoder = Decoder(config)
+
+    def find_idle(self) -> "VAE":
+        """Pass residual branches by whose last weights are zeros, with the same result: all of the miniature's encoder
+        are, 7/8 of its work. For weights that are loaded and stay."""
+        for block in self.modules():
+            if isinstance(block, ResidualBlock):
+                block.idle = not block.conv2.weight.any()
+        return self
 
     def encode(self, video: Tensor) -> tuple[Tensor, Tensor]:
         """Video -> (mean, logvar) of the raw latents; the mode of the posterior is its mean.

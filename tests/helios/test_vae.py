@@ -2,6 +2,7 @@
 
 import hashlib
 import weakref
+from copy import deepcopy
 
 import pytest
 import torch
@@ -105,6 +106,20 @@ def test_surplus_frames_are_ignored(vae):
     video, _ = formula_video([1, 3, 8, 16, 16])
     for frames in (6, 7, 8):
         assert torch.equal(vae.encode(video[:, :, :frames])[0], vae.encode(video[:, :, :5])[0])
+
+
+def test_branches_that_add_nothing_are_passed_by(vae):
+    """With the same result, bit for bit, and the others stay."""
+    vae, (video, _) = deepcopy(vae), formula_video([1, 3, 9, 16, 24])
+    block, other = vae.encoder.mid_block.resnets
+    with torch.no_grad():
+        block.conv2.weight.zero_()
+    expected = vae.encode(video)[0]
+    assert torch.equal(vae.find_idle().encode(video)[0], expected)
+    assert block.idle and not other.idle
+    with torch.no_grad():
+        block.conv2.bias += 1
+    assert not torch.equal(vae.encode(video)[0], expected)
 
 
 def test_causal_and_stateless(vae):
