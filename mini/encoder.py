@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from helios.vae import VAE, Downsample
+from helios.vae import VAE, Downsample, Encoder
 from mini.latents import Codec
 
 STILL_4, MOVING_4 = 22, 10  # numbers of 4x4 pixels: of what stands still, of how it changes between two frames
@@ -44,16 +44,21 @@ def halve_time(layer: Downsample, still: int, change: Tensor) -> None:
     taps[still : still + len(change), : change.shape[-1]] = rearrange(change, "o two i -> o i two")
 
 
-@torch.no_grad()
-def write_encoder(vae: VAE, codec: Codec) -> None:
-    """Make the miniature's `vae` encode as `codec` does, in place."""
-    encoder = vae.encoder
-    for p in (*encoder.parameters(), *vae.quant_conv.parameters()):
+def straighten(encoder: Encoder) -> None:
+    """Leave identities: channels that go on as they are, past branches that add nothing."""
+    for p in encoder.parameters():
         p.zero_()
     for layer in (encoder.conv_in, *(getattr(block, "conv_shortcut", None) for block in encoder.down_blocks)):
         if isinstance(layer, nn.Conv3d):
             inputs, middle = layer.in_channels, layer.kernel_size[-1] // 2
             layer.weight[:inputs, :, -1, middle, middle] = torch.eye(inputs)
+
+
+@torch.no_grad()
+def write_encoder(vae: VAE, codec: Codec) -> None:
+    """Make the miniature's `vae` encode as `codec` does, in place."""
+    encoder = vae.encoder
+    straighten(encoder)
     to_2x2, to_4x4, to_8x8 = (layer for layer in encoder.down_blocks if isinstance(layer, Downsample))
 
     # A latent is a sum over four frames' pixels, named by the place of 4x4 pixels, in these of 2x2, and in these.
@@ -73,7 +78,7 @@ def write_encoder(vae: VAE, codec: Codec) -> None:
                              F.pad(moving.unflatten(1, (4, MOVING_4)), (STILL_4, 0))]))
     level, growth, change = level @ still.T, growth @ still.T, change @ moving.T
     motion = torch.stack([torch.cat([-growth, change[0]], dim=1), torch.cat([growth, change[1]], dim=1)], dim=1)
-    both = rows(motion.flatten(1)[None], MOVING_8)
+    both = rows(motion.flatten(1), MOVING_8)
     halve_time(to_8x8, STILL_8, both.unflatten(1, (2, -1)))
 
     encoder.mid_block.resnets[1].conv2.get_parameter("bias")[-1] = CONSTANT
@@ -81,5 +86,5 @@ def write_encoder(vae: VAE, codec: Codec) -> None:
     slope = GAIN * len(encoder.norm_out.gamma) ** 0.5 / CONSTANT / 2  # of norm and SiLU together
     latents = torch.cat([level, motion.flatten(1) @ both.T], dim=1) / codec.scale[:, None] / slope
     encoder.conv_out.weight[: latents.shape[0], : latents.shape[1], -1, 1, 1] = latents
-    vae.quant_conv.weight[:, :, 0, 0, 0].fill_diagonal_(1)
-    vae.quant_conv.get_parameter("bias")[len(latents) :] = CERTAIN
+    vae.quant_conv.weight[:, :, 0, 0, 0] = torch.eye(2 * len(latents))
+    vae.quant_conv.get_parameter("bias")[:] = torch.tensor([0.0, CERTAIN]).repeat_interleave(len(latents))
