@@ -403,6 +403,8 @@ def load_clips(sources: list[Source], known: list[tuple[Path, Path]], pi3x: Path
         raise ValueError("no geometry: give the Pi3X weights (--geometry FILE; weights/README.md says where they are),"
                          " or the clip's own --poses and --depth")
     frames = [read_frames(source.video, size) for source in sources]
+    for source in sources:  # after all are read, so that a bad one is one line
+        media.tell_clip(source.video, size)
     weights = cast(Path, pi3x)  # or, without any, each clip brings its own geometry
     network = cache(partial(load_pi3x, weights, device, network_dtype(device)))
     clips = []

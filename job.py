@@ -19,7 +19,7 @@ from clips import files_beside, find_video, given_geometry, steady_path
 from files.checkpoint import build, weight_files
 from files.cli import check_frames, parse_size
 from files.machine import check_device, default_device, network_dtype
-from files.media import fit_image, is_video, load_image, read_frames, read_mask, resize_frame, tell_shape
+from files.media import fit_image, is_video, load_image, read_frames, read_mask, resize_frame, tell_clip, tell_shape
 from files.settings import parse_settings, read_part, require
 from files.video import is_film, read_rate
 from geometry.camera import WINDOW, CameraPath, describe, hold, resolve_lens, retime
@@ -393,11 +393,14 @@ def prepare(args: argparse.Namespace, settings: Settings) -> Job:
         frames = count_frames(warp, args.frames, mask)
         controls = warp_chunks(warp, mask, frames, size)
     elif args.video is not None:
-        start = start_video(args.video, size)
+        start, fps = start_video(args.video, size), settings.fps or read_rate(args.video) or 16
     if args.image is not None and not along:
         picture = load_image(args.image)
         tell_shape(args.image, picture, size, crop=False)
         start = Start(fit_image(picture, size, crop=False))
+    clip = args.warp[0] if args.warp is not None else None if along else args.video
+    if clip is not None:  # last, so that bad input is one line
+        tell_clip(clip, size, crop=False)
     if not led:
         controls = (Control() for _ in range(-(-frames // WINDOW)))
     return Job(settings, size, frames, fps, start, controls, led, lora, path, filmed, file, pi3x)

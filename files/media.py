@@ -223,6 +223,11 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
         raise ValueError(f"{path}: no frames")
 
 
+def tell_clip(path: Path, size: tuple[int, int], crop: bool = True) -> None:
+    """`tell_shape` of a video, by its first frame."""
+    tell_shape(path, Image.fromarray(next(read_frames(path))), size, crop)
+
+
 def read_mask(path: str | Path) -> Iterator[np.ndarray]:
     """The frames of a visibility mask, one by one: [H,W] float32 in 0..1. From a video, a folder of pictures, or an
     .npy [T,H,W] (bool, or numbers in 0..1 or 0..255)."""

@@ -29,6 +29,7 @@ from clips import (
 )
 from files import media
 from files.checkpoint import load
+from files.cli import note
 from geometry import surface
 from geometry.camera import normalize
 from geometry.surface import geometry_size
@@ -123,6 +124,13 @@ def test_geometry_beside_the_video(wall, capsys):
     assert main([*words, "--poses", "poses.json", "--depth", "depth.npz", "--out", "told"]) == 0
     assert Path("run/metrics.jsonl").read_bytes() == Path("told/metrics.jsonl").read_bytes()
     assert main([*words, "--geometry", "nothing", "--out", "third"]) == 2 and "nothing" in capsys.readouterr().err
+
+
+def test_another_shape_is_told(wall, capsys):
+    note.cache_clear()
+    words = ["--video", "wall.npy", "--weights", str(DISTILLED), "--size", "64x128", "--device", "cpu", "--set", "steps=1"]
+    assert main([*words, "--poses", "poses.json", "--depth", "depth.npz", "--out", "run"]) == 0
+    assert "64x128 (height x width) 50% of it is cut off" in capsys.readouterr().err
 
 
 def test_first_chunks_without_the_atlas(wall):

@@ -236,8 +236,10 @@ def test_ways_to_shoot_a_clip_again(place_of, capsys):
 
 
 def test_a_video_alone_is_continued(place_of):
-    assert sample("--video", "clip.mp4", "--frames", "3", *QUICK) == 0
-    assert len(read("out.mp4")) == 3 and not Path("out_warp.mp4").exists()
+    """At its own rate, unless another one is asked for."""
+    for words, fps in (([], 12), (["--set", "fps=20"], 20)):
+        assert sample("--video", "clip.mp4", "--frames", "3", *QUICK, *words) == 0
+        assert len(read("out.mp4")) == 3 and not Path("out_warp.mp4").exists() and read_rate(Path("out.mp4")) == fps
 
 
 @pytest.mark.parametrize("way", ["maps", "Pi3X"])

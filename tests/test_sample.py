@@ -306,6 +306,16 @@ def test_another_shape_is_told(place, capsys, monkeypatch, words, said):
     assert said in told.err and f"--size {SIZE[0]}x{SIZE[1]}: the model was made for 384x640" in told.out
 
 
+@pytest.mark.parametrize("words", [["--video", "tall.npy"], ["--image", "image.png", "--warp", "tall.npy"]])
+def test_another_shape_of_a_clip_is_told(place, capsys, monkeypatch, words):
+    note.cache_clear()
+    np.save("tall.npy", np.zeros((33, 60, 40, 3), np.uint8))
+    monkeypatch.setattr("sample.generate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(*words)
+    assert capsys.readouterr().err.count("tall.npy: 40 wide and 60 high") == 1
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "I;16"])
 def test_pictures_of_other_kinds(place, mode):
     picture = Image.open("image.png")
