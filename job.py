@@ -19,7 +19,17 @@ from clips import files_beside, find_video, given_geometry, steady_path
 from files.checkpoint import build, weight_files
 from files.cli import check_frames, parse_size
 from files.machine import check_device, default_device, network_dtype
-from files.media import fit_image, is_video, load_image, read_frames, read_mask, resize_frame, tell_clip, tell_shape
+from files.media import (
+    fit_image,
+    is_still,
+    is_video,
+    load_image,
+    read_frames,
+    read_mask,
+    resize_frame,
+    tell_clip,
+    tell_shape,
+)
 from files.settings import parse_settings, read_part, require
 from files.video import is_film, read_rate
 from geometry.camera import WINDOW, CameraPath, describe, hold, resolve_lens, retime
@@ -184,6 +194,9 @@ def check(args: argparse.Namespace, settings: Settings) -> None:
         raise ValueError("a camera needs --image: the picture that it moves through" + " (or --video)" * path)
     if args.image is not None and is_video(args.image):
         raise ValueError(f"--image {args.image}: not a picture; a video is given as --video {args.image}")
+    if args.poses is not None and is_film(args.poses) and is_still(args.poses):
+        raise ValueError(f"--poses {args.poses}: a picture, expected a file of poses, a COLMAP folder or a clip"
+                         " (docs/paths.md)")
     check_settings(args, settings, path)
     stages = load_schedule(args.weights).stages
     if len(settings.steps) != stages:

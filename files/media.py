@@ -86,6 +86,15 @@ def opened(path: str | Path) -> Iterator[Image.Image]:
         raise ValueError(f"{path}: not a readable picture ({reason})") from None
 
 
+def is_still(path: Path) -> bool:
+    """Whether a file is one picture and no animation; ffmpeg would take it for a film."""
+    try:
+        with opened(path) as image:
+            return image.format == "MPO" or getattr(image, "n_frames", 1) == 1
+    except ValueError:
+        return False
+
+
 def open_image(path: str | Path) -> Image.Image:
     """The first picture of a file, as it is stored, but upright."""
     with opened(path) as image:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from files.cli import note
-from files.media import natural_order
+from files.media import is_still, natural_order
 from files.video import is_film
 from geometry.camera import CameraPath, between, inverse, resample, turn_degrees, unit_length
 from geometry.from_arrays import from_arrays
@@ -193,6 +193,8 @@ def read(file: Path) -> Recording:
     damaged = file.suffix.lower() in (".npy", ".npz") and not re.match(rb"\s*[\d#{\[-]", begin)
     if begin[:2] == b"PK" or begin[:6] == b"\x93NUMPY" or damaged:
         return from_arrays(file)
+    if is_film(file) and is_still(file):
+        raise ValueError(f"{file}: a picture, expected a file of poses or a COLMAP folder (docs/paths.md)")
     if is_film(file):
         raise ValueError(f"{file}: a video, whose camera has to be found first; sample.py --poses does, and saves it")
     text = begin.decode(json.detect_encoding(begin), errors="replace").lstrip()

@@ -1,6 +1,7 @@
 """Clips that are shot again: which frame is seen from where, over borders of chunks; and paths that are taken from clips."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -280,6 +281,21 @@ def test_a_path_from_a_clip(place_of, capsys):
 def test_other_programs_name_the_one_that_takes_a_clip(place_of):
     with pytest.raises(ValueError, match=r"clip\.mp4: a video.*sample\.py --poses"):
         load_path("clip.mp4")
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.jpg", "x.webp", "x.bmp", "x.tif", "x.jp2", "x.gif", "x.mpo"])
+def test_a_picture_is_no_path(place_of, capsys, name):
+    """A film to ffmpeg, but no clip. An animation is one."""
+    first, second = Image.open("image.png"), Image.new("RGB", SIZE[::-1])
+    first.save(name, **({"save_all": True, "append_images": [second]} if name == "x.mpo" else {}))
+    expected = f"{name}: a picture, expected a file of poses"
+    words = ["--image", "image.png", "--poses", name]
+    refused(capsys, place_of, words, f"--poses {expected}, a COLMAP folder or a clip (docs/paths.md)")
+    with pytest.raises(ValueError, match=re.escape(f"{expected} or a COLMAP folder (docs/paths.md)")):
+        load_path(name)
+    if name in ("x.gif", "x.webp"):
+        first.save(name, save_all=True, append_images=[second])
+        refused(capsys, place_of, words, f"--poses {name}: the path of a clip's camera takes Pi3X")
 
 
 def test_a_path_from_a_clip_needs_a_network_that_knows_cameras(place_of, capsys):
