@@ -322,8 +322,9 @@ def draw_sample(models: Models[Helios], prompts: Prompts, trainer: Trainer, clip
     """A contact sheet of what the LoRA makes of the clip's first frame and its own camera, with a fixed seed."""
     generator = torch.Generator().manual_seed(trainer.recipe.seed)
     camera = Camera(clip.forward[0], job.size, unit=1.0)  # the poses are in the geometry's own unit
+    options = replace(model_options(weights), warp_band=trainer.recipe.warp_band)  # as the LoRA has learnt it
     rollout = Rollout(models, prompts, job.size, generator, image=clip.pixels(0)[:, :, 0], camera=camera,
-                      lora=trainer.lora, options=model_options(weights))
+                      lora=trainer.lora, options=options)
     chunk = rollout.next(poses=clip.forward.c2w[:WINDOW])
     models.transformer.set_lora(trainer.lora)
     led = {} if chunk.warp is None else {"warp": chunk.warp.frames}

@@ -76,6 +76,14 @@ def test_what_a_run_leaves(place, capsys):
     assert {scale for _, _, scale in load_lora("run/lora.safetensors").adapters.values()} == {0.5}
 
 
+def test_sheets_have_the_warp_in_the_lora_band(place, monkeypatch):
+    bands = []
+    monkeypatch.setattr("train.Rollout", lambda *_, options, **__: bands.append(options.warp_band) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train_on("clip.npy", "--out", "run", "--set", "steps=1", "sample_every=1", "warp_band=mid")
+    assert bands == ["mid"]
+
+
 def test_diffusers_and_peft_load_it(place):
     """The file in diffusers' LoRA loader, after the official pipeline's prefix, and in PEFT: the same forward."""
     from diffusers.loaders.lora_pipeline import HeliosLoraLoaderMixin
