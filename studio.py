@@ -202,8 +202,8 @@ class Studio:
 
     def generate(self) -> None:
         """Film the planned path, chunk by chunk."""
+        self.stopping.clear()  # before the rollout is made ready, so that "stop" counts meanwhile
         path, rollout = self.planned(), self.begin()
-        self.stopping.clear()
         for poses in path.split(WINDOW):
             if self.stopping.is_set():
                 break

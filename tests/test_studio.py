@@ -104,6 +104,15 @@ def test_stop_also_ends_what_waits(studio):
     assert len(studio.frames) == 66
 
 
+def test_stop_counts_while_a_film_gets_ready(studio):
+    studio.keys.append(pose(1, 0, 1, 10, 0, 0))
+    studio.seconds.append(2.5)
+    studio.changed.append(lambda: studio.stop() if studio.message == "getting ready ..." else None)
+    studio.submit(studio.generate, film=True)
+    wait(studio)
+    assert not studio.frames
+
+
 def test_another_picture_forgets_the_world(studio):
     studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
     Image.new("RGB", (128, 64), "teal").save("teal.png")
