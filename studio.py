@@ -22,7 +22,7 @@ import job
 from files.draw import save_ply
 from files.machine import allow_tf32
 from files.media import to_frames
-from files.video import write_video
+from files.video import read_rate, write_video
 from geometry.camera import WINDOW, CameraPath
 from geometry.flight import drive, film
 from geometry.paths import path_json
@@ -32,7 +32,6 @@ from memory import Camera, Memory
 from model import Helios
 from wah import Rollout
 
-FPS = 16
 UPLOAD = 50 * 2**20  # bytes of a picture at most
 
 
@@ -55,6 +54,8 @@ class Studio:
         self.prompts: tuple[str, Prompts] | None = None
         self.open(args.image, args.depth)
         self.models = load_models(Helios, args.weights, self.settings.device, args.memory, self.settings.vae)
+        if self.settings.compile:
+            self.models.transformer.compile_blocks()
 
     def open(self, image: Path | None, depth: Path | None = None) -> None:
         """Another picture, or the clip that the words name; the old world is forgotten. Raises ValueError or OSError,
@@ -71,6 +72,7 @@ class Studio:
             return job.start_path(words, self.settings, self.size, still, file, pi3x, frames)
 
         self.first, self.start = start(), start
+        self.fps = self.settings.fps or (video and read_rate(video)) or 16  # as sample.py has it
         self.worlds += 1  # so that pages notice
         self.keys: list[Tensor] = [torch.eye(4)]  # relative to the picture's camera, in its own unit
         self.seconds: list[float] = []
@@ -153,7 +155,7 @@ class Studio:
 
     def planned(self) -> Tensor:
         """The path through the keyframes [T, 4, 4]."""
-        return film(torch.stack(self.keys), self.seconds, FPS)
+        return film(torch.stack(self.keys), self.seconds, self.fps)
 
     def preview(self) -> None:
         """The frames of the warp along the planned path, instead of a film."""
@@ -181,6 +183,8 @@ class Studio:
 
     def embedded(self) -> Prompts:
         """The prompt's embeddings, made anew when it is another."""
+        if "|" in self.prompt:
+            raise ValueError(f"prompt {self.prompt!r}: one for each chunk is not of the page; change it between chunks")
         if self.prompts is None or self.prompts[0] != self.prompt:
             made = encode_prompts(self.args.weights, self.prompt, self.lora is not None, self.settings.guidance > 1,
                                   self.settings.device, self.args.memory)
@@ -197,7 +201,7 @@ class Studio:
         self.rate = time.perf_counter() - begin
         self.frames += list(to_frames(chunk.frames))[:len(poses)]
         self.path = torch.cat([self.path, poses])
-        self.tell(f"{len(self.frames)} frames; {self.rate:.1f} s a chunk, {WINDOW / FPS / self.rate:.2f} times"
+        self.tell(f"{len(self.frames)} frames; {self.rate:.1f} s a chunk, {WINDOW / self.fps / self.rate:.2f} times"
                   f" real time")
 
     def generate(self) -> None:
@@ -224,14 +228,14 @@ class Studio:
         """The film as "mp4", its path as "json" (which sample.py reads), the picture's points as "ply"."""
         if kind == "json":
             path = self.path if len(self.path) else self.planned()
-            return path_json(CameraPath(path, FPS)).encode()
+            return path_json(CameraPath(path, self.fps)).encode()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"film.{kind}"
             if kind == "ply":
                 valid = self.geometry.valid
                 save_ply(file, self.geometry.points[valid].cpu().numpy(), self.geometry.rgb[valid].cpu().numpy())
             elif self.frames:
-                write_video(file, np.stack(self.frames), FPS)
+                write_video(file, np.stack(self.frames), self.fps)
             else:
                 raise ValueError("nothing has been filmed yet")
             return file.read_bytes()

@@ -25,10 +25,11 @@ from files.cli import run_program
 from geometry.camera import inverse, quaternion, rigid
 from geometry.flight import AMOUNTS, pushed
 from geometry.surface import transform
-from studio import FPS, Studio
+from studio import Studio
 
 NAMES = {"up": "rise", "down": "sink"}  # of buttons
 UNUSED = ("--poses", "--move", "--warp", "--frames", "--out", "--list", "--continue")  # words of sample.py
+IGNORED = ("check", "latents", "resample", "prompt_blend")  # its settings that the page can't follow
 LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
@@ -132,7 +133,7 @@ class Page:
                 self.video.image = large(frames[self.shown])
                 if self.shown < len(path):
                     self.place_camera(path[self.shown], frames[self.shown])
-            time.sleep(1 / FPS)
+            time.sleep(1 / self.studio.fps)
 
     def place_camera(self, pose: Tensor, frame: np.ndarray) -> None:
         """The frustum with its frame, unless the viewer stands in it."""
@@ -256,6 +257,11 @@ def parse(words: list[str]) -> argparse.Namespace:
         if word.partition("=")[0] in UNUSED:
             parser.error(f"{word}: not of the page, which starts without a path and saves with its buttons")
     args = sample.parse(rest)
+    for word in args.set:
+        if word.partition("=")[0] in IGNORED:
+            parser.error(f"--set {word}: not of the page")
+    if "|" in args.prompt:
+        parser.error(f"--prompt {args.prompt!r}: one for each chunk is not of the page; change it there between chunks")
     if args.image is None and args.video is None:
         if args.depth is not None:
             parser.error("--depth needs the picture that it is of: --image")

@@ -330,7 +330,7 @@ def test_the_page_shoots_a_clip_again(place_of):
     words = ["--weights", str(DISTILLED), "--size", "64x128", *clip, "--set", "device=cpu", *QUICK[1:]]
     studio = Studio(view.parse(words))
     studio.keys.append(move_path("right 2", 2)[-1])
-    studio.seconds.append(2.2)
+    studio.seconds.append(35 / studio.fps)  # the clip's
     Path("path.json").write_bytes(studio.saved("json"))
     for _ in range(2):  # a preview leaves nothing behind
         studio.preview()
@@ -339,6 +339,7 @@ def test_the_page_shoots_a_clip_again(place_of):
     raw = np.stack(studio.frames).astype(int)
     Path("film.mp4").write_bytes(studio.saved("mp4"))
     assert sample(*clip, "--poses", "path.json", *QUICK, "--frames", "36") == 0
+    assert read_rate(Path("film.mp4")) == read_rate(Path("out.mp4")) == 12
     assert len(read("preview.mp4")) == 36 and abs(read("preview.mp4").astype(int) - read("out_warp.mp4")).mean() < 1
     assert abs(raw - read("out.mp4")).mean() < 1.1 * abs(raw - read("film.mp4")).mean()  # a noisy result, coded in two parts
 

@@ -11,6 +11,7 @@ from known import load_video
 from PIL import Image
 
 import view
+from files.video import read_rate
 from geometry.camera import motion
 from geometry.flight import pushed
 from sample import main as sample_main
@@ -49,6 +50,19 @@ def test_a_film_is_the_video_of_its_path(studio):
     ours, theirs = (load_video(name).astype(int) for name in ("film.mp4", "out.mp4"))
     assert ours.shape == theirs.shape and abs(ours - theirs).mean() < 1  # joined from two parts, so coded differently
     assert json.loads(studio.saved("json"))["fps"] == 16 and studio.saved("ply").startswith(b"ply")
+
+
+def test_rate_and_compilation_are_those_of_the_words(page_words, monkeypatch):
+    """A film's seconds have as many frames as the rate says, and its files say it too."""
+    compiled = []
+    monkeypatch.setattr("model.Helios.compile_blocks", lambda self: compiled.append(self))
+    studio = Studio(view.parse([*page_words, "fps=24", "compile=true"]))
+    studio.keys.append(pose(1, 0, 1, 10, 0, 0))
+    studio.seconds.append(0.5)
+    studio.preview()
+    Path("film.mp4").write_bytes(studio.saved("mp4"))
+    assert compiled == [studio.models.transformer] and len(studio.frames) == 13
+    assert json.loads(studio.saved("json"))["fps"] == read_rate(Path("film.mp4")) == 24
 
 
 def test_a_drive_goes_on_without_a_seam(studio):
@@ -153,6 +167,10 @@ def test_errors_are_said_and_the_studio_lives_on(studio):
         studio.saved("mp4")
     studio.keys.append(pose(0, 0, 1, 0, 0, 0))
     studio.seconds.append(0.5)
+    studio.prompt = "a car | a boat"
+    studio.submit(studio.generate)
+    wait(studio)
+    assert "'a car | a boat': one for each chunk" in studio.message
     studio.submit(studio.preview)
     wait(studio)
     assert len(studio.frames) == 9
@@ -177,7 +195,9 @@ def test_other_words_from_the_next_chunk_on(studio):
     (["--host", "0.0.0.0"], "--token"), (["--image", "none.png"], "none.png"), (["--port", "99999"], "0 to 65535"),
     (["--image", "image.png", "--move", "yaw 20"], "--move: not of the page"), (["--out=a.mp4"], "--out=a.mp4: not of"),
     (["--depth", "d.png"], "--depth needs"), (["--set", "device=cuda:99"], "device cuda:99"),
-    (["--set", "steps=3"], "steps: 1 numbers"),
+    (["--set", "steps=3"], "steps: 1 numbers"), (["--check"], "--set check=true: not of the page"),
+    (["--latents", "x.safetensors"], "latents=x.safetensors"), (["--resample"], "resample=true: not of"),
+    (["--set", "prompt_blend=3"], "prompt_blend=3: not of"), (["--prompt", "a car | a boat"], "a car | a boat"),
 ])  # fmt: skip
 def test_bad_words(capsys, page_words, words, said):
     """One line, before the weights are read."""
