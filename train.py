@@ -234,7 +234,7 @@ class Trainer:
             self.flops += transformer.flops(context, text[0][0].shape[1], training=True)
         norm = nn.utils.clip_grad_norm_(self.tensors.values(), recipe.clip)
         numbers = losses.mean(), norm, items[0].timestep[0], items[0].sigma[0]
-        loss, norm, timestep, sigma = torch.stack(numbers).tolist()  # the one time that the host waits for the device
+        loss, norm, timestep, sigma = torch.stack(numbers).tolist()  # waits for the device, as the clock does
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(f"step {self.steps + 1}: loss {loss:g}, gradient norm {norm:g}, expected finite numbers")
         rate = learning_rate(recipe, self.steps)
