@@ -15,6 +15,7 @@ from torch import Tensor
 from files.arrays import Arrays
 from files.depth import load_depth
 from geometry.camera import CameraPath, moves, resolve_lens, square_lens, unit_length
+from geometry.from_text import KEYS
 from geometry.paths import load_path
 from geometry.recording import pinhole_of
 from geometry.surface import PIXEL_LIMIT, Geometry, crop_lens, median_depth, place
@@ -24,7 +25,11 @@ def read_path(poses: Path | None, words: str | None) -> CameraPath:
     """From a file or a folder, or from words: moves, or keys in another program's dialect ("sana:w-80")."""
     if words is None and poses is not None:
         return load_path(poses)
-    return load_path(str(words)) if ":" in str(words) else moves(str(words))
+    dialect, colon, _ = str(words).partition(":")
+    if colon and dialect not in KEYS:
+        raise ValueError(f"--move {words!r}: keys of {dialect!r}, expected moves as in 'forward 1', or keys of"
+                         f" {' or '.join(KEYS)}")
+    return load_path(str(words)) if colon else moves(str(words))
 
 
 def known_lens(picture: Image, path: CameraPath, size: tuple[int, int],

@@ -75,3 +75,5 @@ def test_visible_shares():
 def test_paths_from_words():
     assert torch.equal(read_path(None, "forward 1").c2w, moves("forward 1").c2w)
     assert read_path(None, "sana:w-3").fps == 16 and len(read_path(DATA / "arc.json", None).c2w) > 2
+    with pytest.raises(ValueError, match="--move 'worldplai:w-3': keys of 'worldplai', .*worldplay or sana"):
+        read_path(None, "worldplai:w-3")
