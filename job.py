@@ -213,9 +213,13 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
              | {"inverse_depth": (args.depth is not None, "--depth"), "part": (args.list is not None, "--list"),
                 "split": (ranks()[1] > 1, "several processes: torchrun --nproc-per-node N sample.py ..."),
                 "poses_of_clip": (args.video is not None and args.depth is not None, "--video and --depth"),
+                "image_noise": (args.image is not None or path, "a picture: --image"),
+                "image_sigma": (args.image is not None or args.video is not None, "--image or --video"),
                 "relative": (path and args.video is not None, "--video and a camera path: --poses or --move"),
                 "known_poses": (alone and keyframes > 1, "--image, a camera path and keyframes=2 or more"),
                 "keyframe_choice": (alone and keyframes > 2, "--image, a camera path and keyframes=3 or more")}
+             | {name: (args.video is not None and not path, "a clip that is continued: --video and no camera path")
+                for name in ("video_noise", "restart")}
              | {name: (path or args.warp is not None, "a camera: --poses, --move or --warp") for name in
                 ("align", "drop", "threshold", "warp_noise", "warp_sigma", "warp_band", "warp_fill", "previous",
                  "mask_lag")})

@@ -48,6 +48,14 @@ def test_settings_that_would_do_nothing_are_refused(capsys, place, name, value):
         refused(capsys, place, ["--image", "image.png", "--warp", "warp.npy", *words], f"--set {name}: needs a camera path")
 
 
+@pytest.mark.parametrize("name", ["restart=true", "video_noise=false", "image_noise=true", "image_sigma=0.1,0.2"])
+def test_settings_of_pictures_and_clips_are_refused_without_one(capsys, place, name):
+    setting = f"--set {name.partition('=')[0]}: needs"
+    refused(capsys, place, ["--set", name], setting)
+    if name in ("restart=true", "video_noise=false"):
+        refused(capsys, place, ["--video", "warp.npy", "--move", "hold", "--set", name], setting, "continued")
+
+
 def test_bad_poses(capsys, place):
     """All that can be wrong with a path's file is in geometry/test_bad_paths.py."""
     c2w = np.tile(np.eye(4), (33, 1, 1))
