@@ -65,7 +65,8 @@ class Maker:
         parts: dict[str, list[np.ndarray]] = {"video": [], "warp": [], "mask": []}
         for control in job.controls:
             prompt = prompt_at(prompts, rollout.chunk, job.settings.prompt_blend)
-            chunk = rollout.next(control.poses, prompt=prompt, zoom=control.zoom) if way.led else rollout.next(prompt=prompt)
+            poses, zoom = (control.poses, control.zoom) if way.led else (None, None)
+            chunk = rollout.next(poses, prompts=prompt, zoom=zoom)
             parts["video"].append(to_frames(chunk.frames))
             if chunk.warp is not None:
                 parts["warp"].append(to_frames(chunk.warp.frames[:, :, -WINDOW:]))
