@@ -146,10 +146,11 @@ def consistency(turns: list[tuple[Tensor, Tensor]]) -> float | None:
 def navigation(poses: Tensor, actions: list[str], perspective: str) -> dict[str, float]:
     """Accuracy, and consistency and their mean where there are turns to compare, of a video whose turns are equally
     long. Turns that are no navigation are left out; ValueError if all are."""
-    poses, third, length = poses.double(), perspective != "first_person", len(poses) // max(len(actions), 1)
+    poses, third, count = poses.double(), perspective != "first_person", max(len(actions), 1)
+    edges = [round(index * len(poses) / count) for index in range(count + 1)]  # of every fourth frame, 8 or 9 a turn
     there = {index: keys for index, action in enumerate(actions) if (keys := read_keys(action)) is not None}
-    turns = [(poses[index * length:(index + 1) * length], keys) for index, keys in there.items()]
-    if not turns or length < 2:
+    turns = [(poses[edges[index]:edges[index + 1]], keys) for index, keys in there.items()]
+    if not turns or len(poses) < 2 * count:
         raise ValueError(f"{len(poses)} poses for the turns {actions}: expected two or more for each, and keys such as"
                          " W+left")
     heading, place, found, wanted = turns[0][0][0, :3, :3], turns[0][0][0, :3, 3], [], []
@@ -160,7 +161,7 @@ def navigation(poses: Tensor, actions: list[str], perspective: str) -> dict[str,
         heading = way[-1, :3, :3] if keys[2:].any() else heading
         found.append(along(measured))
         wanted.append(along(way))
-    path = poses[min(there) * length:(max(there) + 1) * length]
+    path = poses[edges[min(there)]:edges[max(there) + 1]]
     accuracy = score(apart(torch.cat(found), torch.cat(wanted)), travelled(path), turned(path))
     again = consistency(turns)
     return {"accuracy": accuracy} | ({} if again is None else {

@@ -33,6 +33,15 @@ def test_a_camera_that_obeys(actions, perspective):
         assert navigation(poses, [*actions], perspective)["consistency"] > 0.96
 
 
+@pytest.mark.parametrize("count", [8, 12])
+def test_every_fourth_frame(count):
+    """A turn of 33 frames is 8 or 9 of these poses: cut at 8, later turns would begin in earlier ones."""
+    actions = (["W", "left", "S", "right"] * 3)[:count]
+    poses = wanted_path(actions, False, 33, **SIZES)[::4]
+    found = navigation(poses, actions, "first_person")
+    assert found["consistency"] > 0.97 and found["accuracy"] > 0.97
+
+
 def test_a_camera_that_does_the_opposite():
     """Forward instead of back by 2: at the place s the error is 2 s, 2 on average over a way of 2, so at most 1 is
     taken; there is no turn, so half of the score is left."""
