@@ -1,7 +1,6 @@
 """Videos of cases, made as sample.py makes them, with the networks loaded once; what is there is not made again."""
 
 import argparse
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 import sample
-from evaluation.ablation import Way
+from evaluation.ablation import Way, folder_name
 from evaluation.protocols import Case
 from files.media import to_frames
 from files.settings import show_value
@@ -33,7 +32,7 @@ class Maker:
     prompts: tuple[str, ...]  # of all cases
 
     def video(self, row: str, case: str) -> Path:
-        return self.folder / re.sub(r"\W+", "-", row).strip("-") / f"{case}.mp4"
+        return self.folder / folder_name(row) / f"{case}.mp4"
 
     def mask(self, case: str) -> Path:
         return self.folder / "masks" / f"{case}.npy"

@@ -7,7 +7,6 @@ share the scenes.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.ablation import Way, ways
+from evaluation.ablation import Way, folder_name, labels, ways
 from evaluation.quality import measure, psnr
 from files.measure import flicker
 from files.media import from_frames, to_frames
@@ -58,13 +57,13 @@ class Trial:
         geometry = find_pi3x(None, self.weights)
         return {"full": self.full, "weights": fingerprint(self.weights, files_read(self.weights)), "seeds": self.seeds,
                 "geometry": geometry and fingerprint(geometry), "found": self.found,
-                "loras": {path.stem: fingerprint(path) for path in self.loras}}
+                "loras": {label: fingerprint(path) for label, path in labels(self.loras).items()}}
 
     def file(self, seed: int) -> Path:
         return self.folder / f"scene-{seed}.json"
 
     def video(self, row: str, seed: int) -> Path:
-        return self.folder / re.sub(r"\W+", "-", row) / f"scene-{seed}.mp4"
+        return self.folder / folder_name(row) / f"scene-{seed}.mp4"
 
     def read(self, seed: int) -> dict | None:
         """A scene's rows, if it is whole. Raises ValueError if it was made with something else."""
@@ -173,9 +172,9 @@ def judge(seed: int, trial: Trial) -> None:
         if trial.found:
             results[name] |= camera_error(videos[0], make_scene(Random(seed)), clip, trial.found)
         save_video(trial.video(name, seed), frames[0])
-    walks = {f"full, {defaults.warp_fill} filling" + (f", LoRA {path.stem}" if path else ""):
+    walks = {f"full, {defaults.warp_fill} filling" + (f", LoRA {label}" if label else ""):
              walk(seed, trial, models, prompts, loras[path] if path else None, defaults)
-             for path in (() if trial.full else (None, *trial.loras[:1]))}
+             for label, path in [("", None), *labels(trial.loras).items()][: 0 if trial.full else 2]}
     with replacing({"scene": trial.file(seed)}) as files:
         found = {"about": trial.about(), "rows": results, "walks": walks}
         files["scene"].write_text(json.dumps(found, indent=1) + "\n")
