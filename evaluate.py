@@ -169,6 +169,8 @@ def show_pairs(rows: dict[str, dict[str, Pair]]) -> Show:
 def run_compare(args: argparse.Namespace) -> None:
     if args.truth is None and args.poses is None:
         raise ValueError("--truth: needed, or --poses, to measure anything against")
+    if args.truth is None and args.masks is not None:
+        raise ValueError("--masks: needs --truth, whose pixels they choose from")
     if not 1 <= args.frames <= 10**5:
         raise ValueError(f"--frames {args.frames}: expected a number from 1 to 100000")
     check_apart(outputs(args.out).values(), existing(*args.results, args.truth, args.poses, args.masks))
@@ -376,18 +378,40 @@ def gather(scenes: dict[int, dict], key: str) -> Rows:
 # --------------------------------------------------------------------------------------------------------------- main
 
 
+TASKS = {  # the option that asks for each, and all that it uses beside --out
+    "results": (run_compare, "truth poses masks frames size stretch lpips geometry device weights"),
+    "protocol": (run_protocol, "data names ablation poses part size lpips geometry device weights memory seed lora"
+                               " set"),
+    "mini": (run_mini, "scenes seeds found processes part weights lora"),
+    "few_shot": (run_few_shot, "scenes seeds processes part weights set"),
+}
+
+
+def spell(name: str) -> str:
+    return "videos to measure" if name == "results" else "--" + name.replace("_", "-")
+
+
+def check_options(args: argparse.Namespace, task: str) -> None:
+    """Raises ValueError for an option that does nothing in the task."""
+    usual, used = vars(parse([])), {name: {name, "out", *words.split()} for name, (_, words) in TASKS.items()}
+    for name, value in vars(args).items():
+        if value != usual[name] and name not in used[task]:
+            others = " or ".join(spell(each) for each in TASKS if name in used[each])
+            raise ValueError(f"{spell(name)}: does nothing with {spell(task)}, expected it with {others}")
+
+
 def run(args: argparse.Namespace) -> None:
+    asked = [task for task in TASKS if getattr(args, task)]
+    if len(asked) != 1:
+        raise ValueError("expected one of: videos to measure, --protocol, --mini, --few-shot")
+    check_options(args, asked[0])
     args.weights = check_weights(args.weights)
     if args.out.suffix != ".md":
         raise ValueError(f"--out {args.out}: expected a file name that ends in .md")
     own = args.weights / "lora.safetensors"
     if args.lora is None:
         args.lora = [own] if own.is_file() else []
-    tasks = {run_compare: bool(args.results), run_protocol: args.protocol is not None, run_mini: args.mini,
-             run_few_shot: args.few_shot is not None}
-    if sum(tasks.values()) != 1:
-        raise ValueError("expected one of: videos to measure, --protocol, --mini, --few-shot")
-    next(run for run, asked in tasks.items() if asked)(args)
+    TASKS[asked[0]][0](args)
 
 
 def main(words: list[str] | None = None) -> int:

@@ -147,6 +147,7 @@ def test_cameras_of_a_network(folders):
     (("--truth", "{truth}", "--size", "5"), "--size '5'"),
     (("--truth", "{truth}", "--out", "x.txt"), "ends in .md"),
     (("--truth", "{truth}", "--out", "{truth}/table.md"), "lies in"),
+    (("--poses", "{masks}", "--masks", "{masks}"), "--masks: needs --truth"),
     (("--mini", "--part", "3/2"), "expected one of"),
     (("--truth", "{truth}", "--mini"), "expected one of: videos to measure"),
 ])
@@ -157,6 +158,29 @@ def test_bad_words(folders, capsys, words, message):
     assert run(folders, *given)[0] == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("evaluate.py: error: ") and message in error
+
+
+@pytest.mark.parametrize("task, word, more", [
+    ("results", "--part", ["1/2"]), ("results", "--set", ["steps=1"]), ("results", "--ablation", []),
+    ("--mini", "--seed", ["5"]), ("--mini", "--device", ["cuda"]), ("--mini", "--memory", ["fp8"]),
+    ("--mini", "--size", ["64x64"]), ("--mini", "--geometry", ["x"]), ("--mini", "--set", ["steps=1"]),
+    ("--protocol", "--frames", ["9"]), ("--protocol", "--stretch", []), ("--protocol", "--truth", ["x"]),
+    ("--protocol", "--masks", ["x"]), ("--few-shot", "--lora", ["x"]), ("--few-shot", "--found", ["3"]),
+    ("--few-shot", "--lpips", ["off"]),
+])
+def test_an_option_that_would_do_nothing(task, word, more, tmp_path, capsys):
+    asked = {"results": ["x"], "--mini": ["--mini"], "--protocol": ["--protocol", "davis33"],
+             "--few-shot": ["--few-shot", "0", "1"]}[task]
+    words = [*asked, "--out", str(tmp_path / "table.md"), word, *more]
+    assert evaluate.main(words) == 2
+    asked_for = "videos to measure" if task == "results" else task
+    assert capsys.readouterr().err.startswith(f"evaluate.py: error: {word}: does nothing with {asked_for}, expected")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_option_that_is_what_it_is_anyway():
+    args = evaluate.parse(["--mini", "--seed", "0", "--device", "cpu", "--frames", "33", "--memory", "full"])
+    evaluate.check_options(args, "mini")
 
 
 def test_a_truth_that_is_too_short(folders, capsys):
