@@ -27,18 +27,20 @@ from evaluation.ablation import REFERENCE, ways
 from evaluation.compare import STRIDE, Pair, Protocol, find_videos, match, read_video
 from evaluation.make import Maker
 from evaluation.page import make_page
-from evaluation.protocols import PROTOCOLS, Case, find_path, read_cases
+from evaluation.protocols import PROTOCOLS, Case, check_path, describe_case, find_path, read_cases
 from evaluation.quality import Perceptual, libraries
 from evaluation.table import Rows, column, markdown, mean_error, means, title
+from files.checkpoint import read_json
 from files.cli import Parser, existing, parse_size, run_program
 from files.draw import draw_means, save_png
-from files.machine import check_device, choose_products
+from files.machine import allow_tf32, check_device, choose_products
 from files.settings import read_part
 from files.writing import check_apart, fingerprint, replacing
 from geometry.camera import WINDOW
 from geometry.pi3x import Pi3X, find_pi3x, load_pi3x
 from helios.index import check_weights, read_index
 from helios.load import MEMORY, ROOT, files_read
+from helios.taehv import find_taehv
 from job import Settings
 from mini.fewshot import MOST, train_loras
 from mini.judge import Trial, held_out, judge
@@ -197,51 +199,72 @@ def describe_measures(args: argparse.Namespace, protocol: Protocol, cameras: str
 
 def begin_folder(folder: Path, about: dict) -> None:
     """The folder of what is under way says what it depends on; ValueError if that was something else."""
-    file = folder / "about.json"
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != about:
-        raise ValueError(f"{folder}: holds videos that were made with other words, weights or LoRAs; choose another"
-                         " --out, or remove it")
+    file, about = folder / "about.json", json.loads(json.dumps(about))  # as it is read back
+    used = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
+    if file.is_file():
+        found = read_json(file)
+        other = [name for name in found | about if found.get(name) != about.get(name)]
+        if other:
+            raise ValueError(f"{file}: what is there was made with other words, videos, weights or LoRAs, it differs in"
+                             f" {', '.join(other[:5])}; choose another --out, or remove {folder}")
+        return
+    if used:
+        raise ValueError(f"{folder}: holds files, and no about.json that says what they depend on; choose another"
+                         " --out, or move them")
     folder.mkdir(parents=True, exist_ok=True)
     with replacing({"about": file}) as files:
         files["about"].write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def open_maker(args: argparse.Namespace, cases: list[Case]) -> Maker:
+def describe_videos(args: argparse.Namespace, cases: list[Case], given: dict[str, Path], maker: Maker,
+                    settings: Settings) -> dict:
+    """What they depend on; files by what they hold."""
+    loras = [file for lora in args.lora for file in (lora, lora.with_name("adapter_config.json"))]
+    geometry = existing(find_pi3x(args.geometry, args.weights), find_pi3x(settings.geometry, args.weights))
+    return {
+        "protocol": args.protocol, "words": maker.words[2:], "settings": maker.settings, "rows": [*maker.ways],
+        "weights": fingerprint(args.weights, files_read(args.weights)), "loras": [*map(fingerprint, loras)],
+        "geometry": [*map(fingerprint, geometry)],
+        "taehv": None if settings.vae == "wan" else fingerprint(find_taehv(args.weights)),
+        "names": [case.name for case in cases],
+    } | {f"case {case.name}": describe_case(case, given.get(case.name)) for case in cases}
+
+
+def open_maker(args: argparse.Namespace, cases: list[Case], given: dict[str, Path]) -> Maker:
+    """Nothing is written before all words are checked."""
+    for word in args.set:
+        if (name := word.partition("=")[0]) in ("device", "seed"):
+            raise ValueError(f"--set {word}: expected --{name} {word.partition('=')[2]}")
     every = ways(args.lora)
     rows = every if args.ablation else {name: way for name, way in every.items()
                                         if name.startswith(f"full, {model_options(args.weights).warp_fill}")}
     words = ["--weights", str(args.weights), "--seed", str(args.seed), "--memory", args.memory,
              *([] if args.size is None else ["--size", args.size])]
-    settings = [*args.set, f"device={args.device}"]
-    folder, geometry = args.out.with_suffix(""), find_pi3x(args.geometry, args.weights)
-    begin_folder(folder, {
-        "protocol": args.protocol, "names": [case.name for case in cases], "words": words[2:], "settings": settings,
-        "weights": fingerprint(args.weights, files_read(args.weights)), "rows": [*rows],
-        "loras": [fingerprint(path) for path in args.lora], "geometry": geometry and fingerprint(geometry)})
-    return Maker(folder, (*words,), (*settings,), rows, tuple(dict.fromkeys(case.prompt for case in cases)))
+    maker = Maker(args.out.with_suffix(""), (*words,), (*args.set, f"device={args.device}"), rows,
+                  tuple(dict.fromkeys(case.prompt for case in cases)))
+    settings = maker.check(cases[0])
+    allow_tf32(settings.tf32)
+    begin_folder(maker.folder, describe_videos(args, cases, given, maker, settings))
+    return maker
 
 
-def first_picture(case: Case, folder: Path) -> Path:
-    """Of a case; of a video its first frame, as a file in the `folder`."""
-    if case.image is not None:
-        return case.image
+def draw_picture(case: Case, file: Path) -> None:
+    """The first frame of a case's video."""
     assert case.video is not None
-    file = folder / "pictures" / f"{case.name}.png"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing({"picture": file}) as files:
-            save_png(files["picture"], read_video(case.video, Protocol(1))[0])
-    return file
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with replacing({"picture": file}) as files:
+        save_png(files["picture"], read_video(case.video, Protocol(1))[0])
 
 
 def make_case(case: Case, maker: Maker, poses: Path | None, pi3x: Callable[[], Pi3X] | None) -> Path:
     """All rows of a case that are not there yet; returns its path."""
     frames = partial(read_video, case.video or Path(), Protocol())
     path, settings = find_path(case, poses, maker.folder / "paths", pi3x, frames)
-    picture = first_picture(case, maker.folder)
+    if not maker.picture(case).is_file():
+        draw_picture(case, maker.picture(case))
     for row in maker.ways:
         if not maker.video(row, case.name).is_file():
-            maker.make(case, picture, path, settings, row)
+            maker.make(case, path, settings, row)
             print(f"{case.name}: {row}", flush=True)
     return path
 
@@ -255,8 +278,11 @@ def run_protocol(args: argparse.Namespace) -> None:
     check_apart([args.out.with_suffix(""), *outputs(args.out).values()], inputs)
     given = {} if args.poses is None else match(args.poses, names, f"--data {args.data}", POSES)
     pi3x, words = find_network(args)
-    maker = open_maker(args, cases)
-    paths = {case.name: make_case(case, maker, given.get(case.name), pi3x) for case in cases[part_of(args.part)]}
+    mine = cases[part_of(args.part)]
+    for case in cases:
+        check_path(case, given.get(case.name), pi3x)
+    maker = open_maker(args, cases, given)
+    paths = {case.name: make_case(case, maker, given.get(case.name), pi3x) for case in mine}
     there = sum(maker.video(row, name).is_file() for name in names for row in maker.ways)
     if there < len(names) * len(maker.ways):
         print(f"{there} of {len(names) * len(maker.ways)} videos are there; the table comes with the last")
@@ -294,13 +320,18 @@ def side_by_side(work: Callable[[int], None], items: list[int], processes: int) 
             pool.shutdown(cancel_futures=True)
 
 
-def run_trial(args: argparse.Namespace, trial: Trial) -> dict[int, dict] | None:
-    """The scenes that are not measured yet; all of them, when all are there."""
+def check_numbers(args: argparse.Namespace) -> None:
+    part_of(args.part)
     for name in ("scenes", "seeds", "processes"):
         if not 1 <= getattr(args, name) <= 10**4:
             raise ValueError(f"--{name} {getattr(args, name)}: expected a number from 1 to 10000")
     if not all(0 < index < WINDOW for index in args.found):
         raise ValueError(f"--found {args.found}: expected frames from 1 to {WINDOW - 1}")
+
+
+def run_trial(args: argparse.Namespace, trial: Trial) -> dict[int, dict] | None:
+    """The scenes that are not measured yet; all of them, when all are there."""
+    check_numbers(args)
     seeds = held_out(args.scenes, read_index(args.weights).size)
     there = {seed: trial.read(seed) for seed in seeds}
     wanted = [seed for seed in seeds[part_of(args.part)] if there[seed] is None]

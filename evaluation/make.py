@@ -17,7 +17,7 @@ from files.video import write_video
 from files.writing import replacing
 from geometry.camera import WINDOW
 from helios.load import load_network, prompt_at
-from job import Job, check, load_settings, prepare
+from job import Settings, check, choose_lora, choose_size, load_settings, prepare
 from wah import Rollout
 
 
@@ -37,26 +37,39 @@ class Maker:
     def mask(self, case: str) -> Path:
         return self.folder / "masks" / f"{case}.npy"
 
-    def job(self, case: Case, picture: Path, path: Path, settings: list[str],
-            way: Way) -> tuple[argparse.Namespace, Job]:
-        """The words of a video's command, and all of its inputs, checked."""
+    def picture(self, case: Case) -> Path:
+        """Where the first one is, or is to be."""
+        return case.image or self.folder / "pictures" / f"{case.name}.png"
+
+    def read(self, case: Case, path: Path, settings: list[str], way: Way) -> tuple[argparse.Namespace, Settings]:
+        """The words of a video's command, checked by themselves."""
         options = [f"{name}={show_value(value)}" for name, value in way.options.items()]
         frames, options = WINDOW * max(len(case.actions), 1), [*self.settings, *settings, *options]
         args = sample.parse([
-            "--image", str(picture), "--poses", str(path), "--prompt", case.prompt, "--frames", str(frames),
+            "--image", str(self.picture(case)), "--poses", str(path), "--prompt", case.prompt, "--frames", str(frames),
             "--lora", str(way.lora or "off"), *self.words, *(["--set", *options] if options else [])])
         chosen = load_settings(args)
         check(args, chosen)
-        return args, prepare(args, chosen)
+        return args, chosen
+
+    def check(self, case: Case) -> Settings:
+        """All that can be refused before anything is written; the settings of the case's last row."""
+        read = [self.read(case, self.folder / "path.json", [], way) for way in self.ways.values()]
+        for args, settings in read:
+            choose_lora(args, settings)
+        args, settings = read[-1]
+        choose_size(args)
+        return settings
 
     @cached_property
     def networks(self) -> sample.Networks:
         return sample.Networks(load_network, self.prompts)
 
-    def make(self, case: Case, picture: Path, path: Path, settings: list[str], row: str) -> None:
+    def make(self, case: Case, path: Path, settings: list[str], row: str) -> None:
         """Without a camera the picture is the same, and nothing leads."""
         way = self.ways[row]
-        args, job = self.job(case, picture, path, settings, way)
+        args, chosen = self.read(case, path, settings, way)
+        job = prepare(args, chosen)
         prompts, models = self.networks.give(args, job)
         generator = torch.Generator().manual_seed(job.settings.seed)
         rollout = Rollout(models, prompts[0], job.size, generator, job.start.image,

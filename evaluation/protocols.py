@@ -22,7 +22,7 @@ from evaluation.navigation import read_keys, wanted_path
 from files.cli import note
 from files.media import from_frames, is_picture, natural_order
 from files.table import read_table
-from files.writing import replacing
+from files.writing import fingerprint, replacing
 from geometry.camera import DEPTH, WINDOW, normalize, path_error
 from geometry.paths import load_path
 from geometry.pi3x import Pi3X
@@ -144,6 +144,25 @@ def known_unit(pi3x: Pi3X, frames: np.ndarray, poses: Path) -> str:
     return f"{1 / scale / median_depth(first):.6g}depth"
 
 
+def check_path(case: Case, given: Path | None, pi3x: Callable[[], Pi3X] | None) -> None:
+    """Raises ValueError if a case's path is none, or not known and not to be found."""
+    file = given or case.poses
+    if file is not None:
+        load_path(file)
+    elif not case.actions and pi3x is None:
+        raise ValueError(f"{case.name}: its camera is not known, and there is no Pi3X that could see it: give --poses"
+                         " or --geometry")
+
+
+def describe_case(case: Case, given: Path | None) -> list:
+    """What its videos depend on: words, and what is in the files that are read."""
+    shown, path = case.video or case.image, given or case.poses
+    assert shown is not None
+    # of a folder the first frames, which are all that counts of it
+    frames = sorted(filter(is_picture, shown.iterdir()), key=natural_order)[:WINDOW] if shown.is_dir() else None
+    return [case.prompt, [*case.actions], case.perspective, fingerprint(shown, frames), path and fingerprint(path)]
+
+
 def find_path(case: Case, given: Path | None, folder: Path, pi3x: Callable[[], Pi3X] | None,
               frames: Callable[[], np.ndarray]) -> tuple[Path, list[str]]:
     """The file of a case's path, which may be made in `folder`, and words for sample.py's --set. `given` is the
@@ -156,9 +175,7 @@ def find_path(case: Case, given: Path | None, folder: Path, pi3x: Callable[[], P
         return file, []
     if case.poses is not None:
         return case.poses, [] if pi3x is None else [f"unit={known_unit(pi3x(), frames(), case.poses)}"]
-    if pi3x is None:
-        raise ValueError(f"{case.name}: its camera is not known, and there is no Pi3X that could see it: give --poses"
-                         " or --geometry")
+    assert pi3x is not None  # `check_path`
     if not file.is_file():
         write_poses(file, seen_path(pi3x(), frames()))
     return file, []

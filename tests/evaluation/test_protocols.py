@@ -1,10 +1,12 @@
 """Small folders of ours in the layouts of DAVIS, RealEstate10K and WBench, with the tiny checkpoint."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
-from goldens import DISTILLED
+import torch
+from goldens import DISTILLED, HELIOS
 from known import load_video
 from PIL import Image
 
@@ -75,7 +77,66 @@ def test_davis_stopped_and_continued(davis, monkeypatch, capsys):
     assert evaluate.main([*whole[:2], "--part", "1/2", *whole[2:]]) == 0
     assert (davis / "other.md").read_text() == table
     assert evaluate.main([*whole[:2], "--seed", "5", *whole[2:]]) == 2
-    assert "made with other words, weights or LoRAs" in capsys.readouterr().err
+    assert "differs in words; choose another --out" in capsys.readouterr().err
+
+
+def test_another_input_is_refused(davis, monkeypatch, capsys):
+    """Videos, paths and prompts, by what is in them; a later frame does not count, nor which part is made."""
+    monkeypatch.setattr(make.Maker, "make", lambda *given: None)
+    mine, frames = words(davis, "davis33", "DAVIS", "--poses", str(davis / "paths")), davis / "DAVIS/JPEGImages/480p/cat"
+
+    def differs(*more):
+        code = evaluate.main([*mine[:2], *more, *mine[2:]])
+        error = capsys.readouterr().err.partition("differs in ")[2]
+        assert (code, bool(error)) in ((0, False), (2, True))
+        return error.partition(";")[0]
+
+    assert differs("--part", "1/2") == "" == differs("--part", "2/2")
+    shutil.copy(frames / "00000.jpg", frames / "00033.jpg")
+    assert differs() == ""
+    np.save(davis / "paths" / "cat.npy", move_path("forward 2").numpy())
+    assert differs() == "case cat"
+    np.save(davis / "paths" / "cat.npy", PATH.numpy())
+    (davis / "DAVIS" / "prompts.csv").write_text("name,prompt\nred-car,a bus\n")
+    assert differs() == "case red-car"
+    (davis / "DAVIS" / "prompts.csv").unlink()
+    shutil.copy(frames / "00000.jpg", frames / "00009.jpg")
+    assert differs() == "case cat" and differs("--names", "red-car") == "names, case cat"
+
+
+@pytest.mark.parametrize("more, message", [
+    (("stepz=1",), "--set stepz=1: expected"), (("seed=3",), "--set seed=3: expected --seed 3"),
+    (("device=cuda",), "--set device=cuda: expected --device cuda"), (("tf32=true", "--size", "65x64"), "--size"),
+    (("warp_band=mid", "--lora", str(HELIOS / "lora_noprefix.safetensors")), "trained with the warp in the short band"),
+    (("tf32=true", "--part", "3/2"), "--part '3/2'"), (("tf32=true", "--poses", "{damaged}"), "cat.npy"),
+])
+def test_bad_words_leave_nothing(davis, capsys, more, message):
+    shutil.copytree(davis / "paths", davis / "damaged")
+    (davis / "damaged" / "cat.npy").write_text("x")
+    more = [word.format(damaged=davis / "damaged") for word in more]
+    assert evaluate.main([*words(davis, "davis33", "DAVIS", "--poses", str(davis / "paths")), *more]) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1] and not (davis / "table").exists()
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("about.json", "{", "about.json: not valid JSON"), ("about.json", "[]", "about.json: found a list"),
+    ("about.json", '{"mine": 1}', "about.json: what is there was made with other words"),
+    ("mine.txt", "", "holds files, and no about.json"),
+])
+def test_a_folder_of_others(davis, capsys, name, content, message):
+    (davis / "table").mkdir()
+    (davis / "table" / name).write_text(content)
+    assert evaluate.main(words(davis, "davis33", "DAVIS", "--poses", str(davis / "paths"))) == 2
+    assert message in capsys.readouterr().err.splitlines()[-1] and len([*(davis / "table").iterdir()]) == 1
+
+
+def test_tf32_is_as_set(davis, monkeypatch):
+    monkeypatch.setattr(make.Maker, "make", lambda *given: None)
+    mine, cudnn = words(davis, "davis33", "DAVIS", "--poses", str(davis / "paths")), torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    assert evaluate.main([*mine, "tf32=false"]) == 0
+    assert not cudnn.allow_tf32 and cudnn.deterministic
 
 
 def test_ablation(davis):
@@ -91,7 +152,7 @@ def test_ablation(davis):
 
 def test_a_camera_that_is_not_known(davis, capsys):
     assert evaluate.main(words(davis, "davis33", "DAVIS")) == 2
-    assert "cat: its camera is not known" in capsys.readouterr().err
+    assert "cat: its camera is not known" in capsys.readouterr().err and not (davis / "table").exists()
 
 
 @pytest.fixture
