@@ -42,7 +42,7 @@ from helios.index import check_weights, read_index
 from helios.load import MEMORY, ROOT, files_read
 from helios.taehv import find_taehv
 from job import Settings
-from mini.fewshot import MOST, train_loras
+from mini.fewshot import MOST, describe_loras, train_loras
 from mini.judge import Trial, held_out, judge
 from wah import model_options
 
@@ -367,6 +367,8 @@ def run_few_shot(args: argparse.Namespace) -> None:
         raise ValueError(f"--few-shot {args.few_shot}: expected two or more numbers of clips, from 0 to {MOST}")
     folder, plot = args.out.with_suffix(""), args.out.with_suffix(".png")
     check_apart([folder, plot, *outputs(args.out).values()], [args.weights])
+    check_numbers(args)
+    begin_folder(folder, describe_loras(args.weights, args.set))
     loras = train_loras(counts, folder, args.weights, args.set)
     trial = Trial(args.weights, loras, args.seeds, [], folder / "scenes", full=True)
     there = run_trial(args, trial)

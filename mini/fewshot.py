@@ -5,12 +5,16 @@ on. Clips are those of `python -m mini.world --known`, the demo clip first.
 """
 
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import train
 from clips import read_csv
 from files.folder import STATE
-from files.writing import replacing
+from files.settings import parse_settings
+from files.writing import fingerprint, replacing
+from helios.index import read_index
+from helios.load import files_read
 from mini.world import KNOWN, write_known
 
 MOST = 1 + len(KNOWN)  # clips
@@ -18,6 +22,12 @@ MOST = 1 + len(KNOWN)  # clips
 
 def lora_file(folder: Path, count: int) -> Path:
     return folder / f"{count}-clips.safetensors"
+
+
+def describe_loras(weights: Path, settings: list[str]) -> dict:
+    """What the LoRAs depend on. Raises ValueError for `settings` that train.py has not."""
+    recipe = parse_settings([*read_index(weights).train, *settings], train.Recipe())
+    return {"weights": fingerprint(weights, files_read(weights)), **asdict(recipe)}
 
 
 def train_loras(counts: list[int], folder: Path, weights: Path, settings: list[str]) -> list[Path]:

@@ -57,6 +57,19 @@ def test_the_curve(tmp_path, monkeypatch, capsys):
     assert Image.open(out.with_suffix(".png")).size == (640, 360)
     monkeypatch.setattr(judge, "judge", None)
     assert evaluate.main(words) == 0 and len(trained) == 4
+    assert evaluate.main([*words, "lr=0.03"]) == 2 and "differs in lr;" in capsys.readouterr().err
+    (small / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert evaluate.main(words) == 2 and "differs in weights;" in capsys.readouterr().err
+    assert len(trained) == 4
+
+
+@pytest.mark.parametrize("more, message", [
+    (("--set", "stepz=3"), "--set stepz=3: expected"), (("--seeds", "0"), "--seeds 0: expected"),
+    (("--part", "2/1"), "--part '2/1'"),
+])
+def test_bad_words_leave_nothing(more, message, capsys, tmp_path):
+    assert evaluate.main(["--few-shot", "0", "1", *more, "--out", str(tmp_path / "x.md")]) == 2
+    assert message in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("counts", [["1"], ["0", "99"], ["-1", "1"]])
