@@ -235,6 +235,8 @@ def open_maker(args: argparse.Namespace, cases: list[Case], given: dict[str, Pat
     for word in args.set:
         if (name := word.partition("=")[0]) in ("device", "seed"):
             raise ValueError(f"--set {word}: expected --{name} {word.partition('=')[2]}")
+        if name in ("latents", "check"):
+            raise ValueError(f"--set {word}: does nothing with --protocol, expected it with sample.py")
     every = ways(args.lora)
     rows = every if args.ablation else {name: way for name, way in every.items()
                                         if name.startswith(f"full, {model_options(args.weights).warp_fill}")}

@@ -106,7 +106,8 @@ def test_another_input_is_refused(davis, monkeypatch, capsys):
 
 @pytest.mark.parametrize("more, message", [
     (("stepz=1",), "--set stepz=1: expected"), (("seed=3",), "--set seed=3: expected --seed 3"),
-    (("device=cuda",), "--set device=cuda: expected --device cuda"), (("tf32=true", "--size", "65x64"), "--size"),
+    (("device=cuda",), "--set device=cuda: expected --device cuda"), (("check=true",), "--set check=true: does nothing"),
+    (("tf32=true", "--size", "65x64"), "--size"),
     (("warp_band=mid", "--lora", str(HELIOS / "lora_noprefix.safetensors")), "trained with the warp in the short band"),
     (("tf32=true", "--part", "3/2"), "--part '3/2'"), (("tf32=true", "--poses", "{damaged}"), "cat.npy"),
 ])
