@@ -200,7 +200,6 @@ def describe_measures(args: argparse.Namespace, protocol: Protocol, cameras: str
 def begin_folder(folder: Path, about: dict) -> None:
     """The folder of what is under way says what it depends on; ValueError if that was something else."""
     file, about = folder / "about.json", json.loads(json.dumps(about))  # as it is read back
-    used = folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir())
     if file.is_file():
         found = read_json(file)
         other = [name for name in found | about if found.get(name) != about.get(name)]
@@ -208,7 +207,7 @@ def begin_folder(folder: Path, about: dict) -> None:
             raise ValueError(f"{file}: what is there was made with other words, videos, weights or LoRAs, it differs in"
                              f" {', '.join(other[:5])}; choose another --out, or remove {folder}")
         return
-    if used:
+    if folder.is_dir() and any(path.name[0] != "." for path in folder.iterdir()):
         raise ValueError(f"{folder}: holds files, and no about.json that says what they depend on; choose another"
                          " --out, or move them")
     folder.mkdir(parents=True, exist_ok=True)
@@ -333,7 +332,6 @@ def check_numbers(args: argparse.Namespace) -> None:
 
 def run_trial(args: argparse.Namespace, trial: Trial) -> dict[int, dict] | None:
     """The scenes that are not measured yet; all of them, when all are there."""
-    check_numbers(args)
     seeds = held_out(args.scenes, read_index(args.weights).size)
     there = {seed: trial.read(seed) for seed in seeds}
     wanted = [seed for seed in seeds[part_of(args.part)] if there[seed] is None]
@@ -391,6 +389,7 @@ def run_few_shot(args: argparse.Namespace) -> None:
 
 
 def run_mini(args: argparse.Namespace) -> None:
+    check_numbers(args)
     trial = Trial(args.weights, args.lora, args.seeds, args.found, args.out.with_suffix(""))
     check_apart([trial.folder, *outputs(args.out).values()], [args.weights, *args.lora])
     there = run_trial(args, trial)

@@ -207,7 +207,7 @@ def check(args: argparse.Namespace, settings: Settings) -> None:
 def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> None:
     """Settings that would do nothing in this run are refused."""
     set_here = {word.partition("=")[0] for word in args.set}
-    alone, keyframes = path and args.image is not None, settings.keyframes or read_index(args.weights).keyframes
+    alone, keyframes = path and args.image is not None, seen_together(args, settings)
     needs = ({name: (path, "a camera path: --poses or --move") for name in
               ("geometry", "keyframes", "fov", "unit", "resample", "samples", "geometry_pixels")}
              | {"inverse_depth": (args.depth is not None, "--depth"), "part": (args.list is not None, "--list"),
@@ -275,6 +275,12 @@ def choose_size(args: argparse.Namespace) -> tuple[int, int]:
     return size
 
 
+def seen_together(args: argparse.Namespace, settings: Settings) -> int:
+    """Pictures that the geometry network is given at once. One that gets a single one, as the miniature's, does not
+    know how two cameras stand to each other."""
+    return settings.keyframes or read_index(args.weights).keyframes
+
+
 def open_pi3x(args: argparse.Namespace, settings: Settings,
               frames: int) -> tuple[Path | None, Callable[[], Pi3X] | None]:
     """The geometry network of a run along a path, where it is needed and there is one."""
@@ -293,7 +299,7 @@ def is_filmed(args: argparse.Namespace) -> bool:
 
 def film(args: argparse.Namespace, settings: Settings, file: Path | None) -> CameraPath:
     """The path of a clip's camera, by Pi3X; says how sure it is."""
-    if file is None or (settings.keyframes or read_index(args.weights).keyframes) == 1:
+    if file is None or seen_together(args, settings) == 1:
         why = "there is no Pi3X here" if file is None else f"{file} does not know how cameras stand to each other"
         raise ValueError(f"--poses {args.poses}: the path of a clip's camera takes Pi3X, and {why}; --set geometry=FILE"
                          " keyframes=8 gives one that does (weights/README.md)")
@@ -319,7 +325,7 @@ def start_clip(args: argparse.Namespace, settings: Settings, size: tuple[int, in
     tell_shape(args.video, first, size)
     poses, depth = clip_files(args, settings) or (None, None)
     if depth is None and pi3x is not None:
-        together = (settings.keyframes or read_index(args.weights).keyframes) > 1
+        together = seen_together(args, settings) > 1
         K, words = known_lens(first, path, size, settings.fov)
         pictures = islice(read_frames(args.video), frames)
         images = [fit_image(Image.fromarray(picture), size) for picture in pictures]
@@ -356,9 +362,8 @@ def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, in
     rendering, limit = RenderSettings(settings.samples), settings.geometry_pixels
     if args.depth is None and pi3x is not None:
         image = fit_image(picture, size).to(settings.device)
-        keyframes = settings.keyframes or read_index(args.weights).keyframes
         K, words = known_lens(picture, path, size, settings.fov)
-        camera = Memory(pi3x, image, size, rendering, keyframes=keyframes, limit=limit, K=K,
+        camera = Memory(pi3x, image, size, rendering, keyframes=seen_together(args, settings), limit=limit, K=K,
                         known_poses=settings.known_poses, choice=settings.keyframe_choice)
         camera.unit = choose_unit(settings.unit or path.unit, camera.reference)
         source = f"Pi3X of {file}{words}"

@@ -44,7 +44,6 @@ from geometry.paths import path_json
 from geometry.pi3x import Pi3X, find_pi3x
 from geometry.scene import describe_visible
 from geometry.surface import estimate
-from helios.index import read_index
 from helios.load import (
     MEMORY,
     NEGATIVE_PROMPT,
@@ -63,7 +62,7 @@ from helios.load import (
 from helios.lora import Lora
 from helios.taehv import find_taehv
 from helios.team import follow, lead, ranks
-from job import Job, Settings, check, clip_files, is_filmed, load_settings, prepare
+from job import Job, Settings, check, clip_files, is_filmed, load_settings, prepare, seen_together
 from model import Helios
 from wah import Chunk, Options, Rollout
 
@@ -316,8 +315,7 @@ def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bo
             if job.filmed is not None:
                 files["path"].write_text(path_json(job.filmed) + "\n")
             if "check" in files:
-                compares = (settings.keyframes or read_index(args.weights).keyframes) > 1  # the miniature's does not
-                found = measure(job, files["video"], compares)
+                found = measure(job, files["video"], seen_together(args, settings) > 1)
                 files["check"].write_text(json.dumps(found, indent=1) + "\n")
                 print("check: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         output.finish()
