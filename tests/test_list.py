@@ -114,6 +114,17 @@ def test_ctrl_c_in_a_first_chunk_tells_of_the_rows_before_it(place, capsys, monk
     assert "after 1 videos" in capsys.readouterr().err
 
 
+def test_only_what_a_list_needs_is_embedded(place, monkeypatch):
+    """Both prompts of a row at once, with and without a LoRA's word; that of guidance if a row may be guided."""
+    seen = []
+    monkeypatch.setattr(sample, "embed_prompts", lambda weights, prompts, *more: seen.append({*prompts}) or 1 / 0)
+    for text in ("out,prompt\na.mp4,a | b\n", "out,prompt,guidance\na.mp4,a,1\n"):
+        Path("jobs.csv").write_text(text)
+        with pytest.raises(ZeroDivisionError):
+            run("--list", "jobs.csv")
+    assert {"a", "b"} < seen[0] and len(seen[0]) == 4 and seen[1] - seen[0] == {sample.NEGATIVE_PROMPT}
+
+
 def test_rows_do_not_share_a_file(place, capsys):
     Path("jobs.csv").write_text("out\na.mp4\nb.mp4\n")
     assert run("--list", "jobs.csv", "--set", "latents=x.safetensors") == 2

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from files.checkpoint import load, weight_files
 from geometry.pi3x import load_pi3x
+from helios.load import load_models
 from helios.text import Tokenizer, UMT5Encoder
 from helios.vae import VAE, ResidualBlock
 from mini.latents import load_codec
@@ -50,9 +51,9 @@ def test_networks_have_every_tensor(part):
 
 def test_the_vae_encodes_as_the_codec_does():
     """By its shortcuts alone."""
-    codec, vae, frames = load_codec(SHIPPED / "codec.safetensors"), load(VAE, SHIPPED / "vae"), make_clip(3, 9, (64, 96)).frames
-    expected = codec.encode(frames[None])
-    latents, _ = vae.find_idle().encode(rearrange(frames, "t h w c -> 1 c t h w") / 127.5 - 1)
+    codec, frames = load_codec(SHIPPED / "codec.safetensors"), make_clip(3, 9, (64, 96)).frames
+    vae, expected = load_models(Helios, SHIPPED, "cpu").vae, codec.encode(frames[None])
+    latents, _ = vae.encode(rearrange(frames, "t h w c -> 1 c t h w") / 127.5 - 1)
     assert all(block.idle for block in vae.encoder.modules() if isinstance(block, ResidualBlock))
     assert (latents - expected).square().mean() < 1e-4 * expected.square().mean()
 
