@@ -302,7 +302,7 @@ def shift(x: Tensor, dy: int, dx: int) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """Vectors [3,H,W] of length 1; 0 stays. By hand, as torch's norm over the first dimension takes 100 times longer."""
+    """Vectors [3,H,W] of length 1; 0 stays. By hand: torch's norm over the first dimension takes 100 times as long."""
     return x / (x.square().sum(0).sqrt() + 1e-12)
 
 

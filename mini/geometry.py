@@ -4,11 +4,11 @@
     python -m mini.geometry export                  # weights/mini/Pi3X/model.safetensors
     python -m mini.geometry evaluate                # these on 40 held-out scenes, as a table
 
-That gives depth; how cameras stand to each other is learned afterwards (cameras.py). The network is that of pi3x.py
-and sees pictures as `surface.estimate` shows them. Losses after Pi3 (arXiv 2507.13347), on what the renderer reads:
-depth in the network's unit, which is to be a set's median depth, and this in meters (the metric branch); rays, which
-give the focal lengths; relative poses; confidence, low in the sky, so that the renderer drops it. Left out: Pi3's
-alignment of scale, as it is known here, and its loss on normals; `edges` is in its place.
+That gives depth, not how cameras stand to each other (docs/miniature.md). The network is that of pi3x.py and sees
+pictures as `surface.estimate` shows them. Losses after Pi3 (arXiv 2507.13347), on what the renderer reads: depth in the
+network's unit, which is to be a set's median depth, and this in meters (the metric branch); rays, which give the focal
+lengths; relative poses; confidence, low in the sky, so that the renderer drops it. Left out: Pi3's alignment of scale,
+as it is known here, and its loss on normals; `edges` is in its place.
 """
 
 import argparse

@@ -20,7 +20,7 @@ from files.settings import parse_settings, setting_names
 
 PAGES = [*PAGES, ROOT / "weights/README.md"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS = ("sample", "train", "view", "render", "bench", "evaluate", "mini.cameras", "mini.gallery", "mini.geometry",
+PROGRAMS = ("sample", "train", "view", "render", "bench", "evaluate", "mini.gallery", "mini.geometry",
             "mini.pretrain", "mini.reshoot", "mini.walk", "mini.world")
 SETTINGS = {"sample": job.Settings(), "evaluate": job.Settings(), "train": train.Recipe()}
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -90,7 +90,7 @@ def test_commands_parse(page):
 
 @cache
 def option_names() -> set[str]:
-    required = {"train": ["--video", "x"], "render": ["--image", "x", "--move", "hold"], "mini.cameras": ["train"],
+    required = {"train": ["--video", "x"], "render": ["--image", "x", "--move", "hold"],
                 "mini.geometry": ["train"], "mini.pretrain": ["dit"]}
     parsers = [parser for program in PROGRAMS for parser in parse(program, required.get(program, []))[0]]
     options = {option for parser in parsers for action in parser._actions for option in action.option_strings}

@@ -15,9 +15,11 @@ from geometry.surface import estimate, focal_from_rays, pinhole
 from mini import geometry, world
 from mini.geometry import (
     INPUT,
+    MIRROR,
     SIZE,
     WEIGHTS,
     Views,
+    camera_losses,
     draw_views,
     evaluate,
     export,
@@ -208,3 +210,12 @@ def test_no_svd_in_training(tmp_path, monkeypatch):
     monkeypatch.setattr(geometry, "fit", lambda network, *rest: seen.append(network))
     train(tmp_path, Recipe(1, 1))
     assert seen[0].rotation is unit_rows and Pi3X(TINY).rotation is nearest_rotation
+
+
+def test_a_reflection_is_seen():
+    """Reflected cameras stand to each other as before: only the loss of the hand tells them from right ones."""
+    c2w = poses(torch.randn(2, 3), *torch.randn(3, 2))[None]
+    for mirror in (MIRROR, -torch.eye(4)):
+        parts = camera_losses(mirror @ c2w, c2w)
+        assert parts["turn"] < 1e-5 and parts["place"] < 1e-5 and parts["hand"] > 0.1
+    assert camera_losses(poses(torch.ones(1, 3), *torch.ones(3, 1)) @ c2w, c2w)["hand"] < 1e-5
