@@ -75,7 +75,7 @@ class Settings(Options):
     inverse_depth: bool = False  # --depth holds 1 / z, as relative depth networks give it
     relative: str = "clip"  # --video: poses are relative to the clip's camera at the same time; or first: in frame 0
     poses_of_clip: Path | None = None  # --video with --depth: where the clip's camera is; none: it stands
-    fps: float | None = None  # frame rate of the video; none: the clip's or the path file's, or 16
+    fps: float | None = None  # frame rate of the video; none: the clip's, the warp's or the path file's, or 16
     resample: bool = False  # stretches or squeezes the path to --frames or fps, instead of cutting or holding it
     check: bool = False  # measures seams, drift and, with Pi3X, the camera of the video: out_check.json
     latents: Path | None = None  # also writes the latents (.safetensors, key `latents`)
@@ -214,7 +214,8 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
                 "split": (ranks()[1] > 1, "several processes: torchrun --nproc-per-node N sample.py ..."),
                 "poses_of_clip": (args.video is not None and args.depth is not None, "--video and --depth"),
                 "image_noise": (args.image is not None or path, "a picture: --image"),
-                "image_sigma": (args.image is not None or args.video is not None, "--image or --video"),
+                "image_sigma": (settings.image_noise or args.video is not None and not path and settings.video_noise,
+                                "image_noise=true, or a clip that is continued"),
                 "relative": (path and args.video is not None, "--video and a camera path: --poses or --move"),
                 "known_poses": (alone and keyframes > 1, "--image, a camera path and keyframes=2 or more"),
                 "keyframe_choice": (alone and keyframes > 2, "--image, a camera path and keyframes=3 or more")}
@@ -397,13 +398,14 @@ def prepare(args: argparse.Namespace, settings: Settings) -> Job:
     precision = str(network_dtype(settings.device)).removeprefix("torch.")
     print(f"weights {args.weights}, LoRA {lora.source if lora else 'none'}, {settings.device} in {precision},"
           f" seed {settings.seed}, preset {settings.preset}")
-    frames, fps, file, pi3x = args.frames or WINDOW, settings.fps or 16, None, None
+    clip = args.video if args.warp is None else args.warp[0]
+    rate = settings.fps or (None if clip is None else read_rate(clip))
+    frames, fps, file, pi3x = args.frames or WINDOW, rate or 16, None, None
     start, controls = Start(), iter([])
     if along:
         if path is None:
             path = filmed = film(args, settings, find_pi3x(settings.geometry, args.weights))
         length = args.frames if args.video is None else count_frames(args.video, args.frames)
-        rate = read_rate(args.video) if settings.fps is None and args.video is not None else settings.fps
         path, frames, fps = retime(path, length, rate, settings.resample)
         file, pi3x = open_pi3x(args, settings, frames)
         controls = pose_chunks(path.c2w, frames, path.zoom)
@@ -411,17 +413,16 @@ def prepare(args: argparse.Namespace, settings: Settings) -> Job:
         if isinstance(start.camera, Reshoot):
             path = replace(path, c2w=start.camera.world(hold(path.c2w, frames)))
     elif args.warp is not None:
-        warp, mask = args.warp[0], args.warp[1] if len(args.warp) > 1 else None
-        frames = count_frames(warp, args.frames, mask)
-        controls = warp_chunks(warp, mask, frames, size)
+        mask = args.warp[1] if len(args.warp) > 1 else None
+        frames = count_frames(args.warp[0], args.frames, mask)
+        controls = warp_chunks(args.warp[0], mask, frames, size)
     elif args.video is not None:
-        start, fps = start_video(args.video, size), settings.fps or read_rate(args.video) or 16
+        start = start_video(args.video, size)
     if args.image is not None and not along:
         picture = load_image(args.image)
         tell_shape(args.image, picture, size, crop=False)
         start = Start(fit_image(picture, size, crop=False))
-    clip = args.warp[0] if args.warp is not None else None if along else args.video
-    if clip is not None:  # last, so that bad input is one line
+    if clip is not None and not along:  # last, so that bad input is one line
         tell_clip(clip, size, crop=False)
     if not led:
         controls = (Control() for _ in range(-(-frames // WINDOW)))

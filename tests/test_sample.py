@@ -19,6 +19,7 @@ from told import small_pi3x
 
 from files.cli import note
 from files.output import Output
+from files.video import read_rate, write_video
 from geometry.pi3x import load_pi3x
 from helios.load import load_models
 from job import start_video
@@ -235,6 +236,14 @@ def test_contact_sheet_shows_the_frames(place):
     sheet, warp = np.asarray(Image.open("out_sheet.png")).astype(float), np.load("warp.npy")[:20]
     tile = np.asarray(Image.fromarray(warp[-1]).resize((256, 128), Image.Resampling.LANCZOS))
     assert abs(sheet[18:18 + 128, -260:-4] - tile).mean() < 1.5  # the last of the first row
+
+
+def test_the_rate_of_a_warp(place):
+    """A warp that is a film has a rate; the video keeps it, unless another one is asked for."""
+    write_video(place / "warp.mp4", np.load("warp.npy")[:8], 12)
+    for words, fps in (([], 12), (["--set", "fps=20"], 20)):
+        assert sample("--image", "image.png", "--warp", "warp.mp4", "--frames", "2", *words) == 0
+        assert read_rate(Path("out.mp4")) == fps
 
 
 def test_lora_auto(place, capsys):

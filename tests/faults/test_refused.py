@@ -52,6 +52,8 @@ def test_settings_that_would_do_nothing_are_refused(capsys, place, name, value):
 def test_settings_of_pictures_and_clips_are_refused_without_one(capsys, place, name):
     setting = f"--set {name.partition('=')[0]}: needs"
     refused(capsys, place, ["--set", name], setting)
+    if name.startswith("image_sigma"):
+        refused(capsys, place, ["--image", "image.png", "--set", name], setting, "image_noise=true")
     if name in ("restart=true", "video_noise=false"):
         refused(capsys, place, ["--video", "warp.npy", "--move", "hold", "--set", name], setting, "continued")
 
