@@ -33,7 +33,7 @@ from evaluation.table import Rows, column, markdown, mean_error, means, title
 from files.checkpoint import read_json
 from files.cli import Parser, existing, parse_size, run_program
 from files.draw import draw_means, save_png
-from files.machine import allow_tf32, check_device, choose_products
+from files.machine import allow_tf32, choose_products, network_dtype, use_device
 from files.settings import read_part
 from files.writing import check_apart, fingerprint, replacing
 from geometry.camera import WINDOW
@@ -126,9 +126,10 @@ def find_network(args: argparse.Namespace) -> tuple[Callable[[], Pi3X] | None, s
         return None, "cameras not measured: no Pi3X (--geometry)"
     if args.geometry is None and read_index(args.weights).keyframes == 1:
         return None, "cameras not measured: the miniature's Pi3X does not know how two cameras stand to each other"
-    check_device(args.device)
-    return cache(partial(load_pi3x, file, args.device)), (f"cameras by {file}, of every {STRIDE}th frame, seen"
-            " together; R-Err, T-Err: means over frames, after the scale is aligned")
+    use_device(args.device)
+    load = cache(partial(load_pi3x, file, args.device, network_dtype(args.device)))
+    return load, (f"cameras by {file}, of every {STRIDE}th frame, seen together; R-Err, T-Err: means over frames, after"
+                  " the scale is aligned")
 
 
 def open_lpips(choice: str) -> Perceptual | None:

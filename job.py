@@ -18,7 +18,7 @@ from torch import Tensor
 from clips import files_beside, find_video, given_geometry, steady_path
 from files.checkpoint import build, weight_files
 from files.cli import check_frames, parse_size
-from files.machine import check_device, default_device, network_dtype
+from files.machine import default_device, network_dtype, use_device
 from files.media import (
     fit_image,
     is_still,
@@ -201,7 +201,7 @@ def check(args: argparse.Namespace, settings: Settings) -> None:
     stages = load_schedule(args.weights).stages
     if len(settings.steps) != stages:
         raise ValueError(f"--set steps: {len(settings.steps)} numbers, expected {stages}, one for each stage")
-    check_device(settings.device)
+    use_device(settings.device)
 
 
 def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> None:

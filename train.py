@@ -41,7 +41,7 @@ from clips import (
 )
 from files.cli import Parser, deferred_interrupt, existing, run_program
 from files.draw import contact_sheet, save_png
-from files.machine import Clock, allow_tf32, check_device, default_device, describe_machine, peak_memory, send
+from files.machine import Clock, allow_tf32, default_device, describe_machine, peak_memory, send, use_device
 from files.media import to_frames
 from files.run import Run
 from files.settings import parse_settings, require
@@ -285,7 +285,7 @@ class Job:
 
 def check(args: argparse.Namespace) -> Job:
     """What can be said of the words alone."""
-    check_device(args.device)
+    use_device(args.device)
     args.weights = check_weights(args.weights)
     index, schedule = read_index(args.weights), load_schedule(args.weights)
     recipe = parse_settings([*index.train, *args.set], Recipe())

@@ -249,8 +249,8 @@ def locate(module: Network, files: list[Path]) -> dict[Path, dict[str, str]]:
     """Which file holds each of a module's tensors, and under which key: file -> our name -> key.
 
     Strict: all names and shapes are compared before the first tensor is read, and missing, unexpected or mis-shaped
-    ones are named. `module.aliases` maps other names that a file may use, keys that start with one of `module.ignored`
-    are skipped, and one of `PREFIXES` that all keys have is stripped, with a printed word.
+    ones are named. `module.aliases` maps other names that a file may use, also beside ours, keys that start with one of
+    `module.ignored` are skipped, and one of `PREFIXES` that all keys have is stripped, with a printed word.
     """
     wanted = {name: list(tensor.shape) for name, tensor in module.state_dict().items()}
     found: list[tuple[Path, str, list[int]]] = []
@@ -261,10 +261,10 @@ def locate(module: Network, files: list[Path]) -> dict[Path, dict[str, str]]:
     if prefix:
         note(f"{files[0].parent}: all names of its tensors begin with {prefix}, which is left out")
     places: dict[Path, dict[str, str]] = {path: {} for path in files}
-    problems, there = [], set()
+    problems, there, names = [], set(), {key.removeprefix(prefix) for _, key, _ in found}
     for path, key, shape in found:
         name = key.removeprefix(prefix)
-        if name.startswith(module.ignored):
+        if name.startswith(module.ignored) or module.aliases.get(name) in names:
             continue
         name = module.aliases.get(name, name)
         if name not in wanted:
@@ -340,7 +340,8 @@ def fill(module: N, files: list[Path], device: torch.device | str, dtype: torch.
                     layer: Any = module.get_submodule(name.rpartition(".")[0])
                     join = [] if share is None else [partial(share.largest, module, name)]
                     state[name], layer.scale = quantize(piece.to(device), dtype, *join)
-                    layer.in_float8 = share is None and multiplies_float8(device)
+                    whole = share is None and not any(side % 16 for side in piece.shape)  # what the kernel takes
+                    layer.in_float8 = whole and multiplies_float8(device)
                 else:
                     state[name] = take(piece, module, name, device, dtype)
     module.load_state_dict(state, assign=True)

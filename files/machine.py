@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -143,9 +144,18 @@ def what_fits(program: str, words: str, size: tuple[int, int], room: float) -> s
 # ------------------------------------------------------------------------------------------------------------- devices
 
 
+@cache
 def multiplies_float8(device: torch.device | str) -> bool:
-    """Ada, Hopper and later cards do, row by row."""
-    return torch.device(device).type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+    """Ada, Hopper and later cards do, row by row. Not every torch lets them (none on Windows), so it is tried."""
+    if torch.device(device).type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
+        return False
+    ones = torch.ones(16, 16, device=device)
+    x, scale = ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous()
+    try:
+        torch._scaled_mm(x, x.T, scale, scale.T, out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
+    except RuntimeError:
+        return False
+    return True
 
 
 def allow_tf32(allowed: bool) -> None:
@@ -165,14 +175,17 @@ def describe_machine(device: str) -> str:
     return f"torch {torch.__version__}, CPU {kind}, {torch.get_num_threads()} threads"
 
 
-def check_device(device: str) -> None:
-    """Raises ValueError for a device that torch does not know, or that is not there."""
+def use_device(device: str) -> None:
+    """Make a card that is named the current one: clocks and pinned memory go by that. Raises ValueError for a device
+    that torch does not know, or that is not there."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", device):
         raise ValueError(f"device {device!r}: expected cpu, mps, cuda or cuda:N")
     if device == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device mps: there is no such device, or this torch was built without it")
     if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {device}: there is no such device, {torch.cuda.device_count()} found")
+    if ":" in device:
+        torch.cuda.set_device(device)
 
 
 def default_device() -> str:

@@ -74,6 +74,7 @@ def load_schedule(folder: Path) -> Schedule:
     return read_config(Schedule, path, {
         "sampler": "dmd" if is_dmd else config.get("scheduler_type", "unipc"),
         "time_shift_type": config.get("time_shift_type", "linear" if is_dmd else "exponential"),
+        **({"stage_range": [0, 1]} if config.get("stages") == 1 else {}),  # whatever it says, as officially
     })
 
 

@@ -31,7 +31,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from files.checkpoint import N, Network, build, fill, weight_files
 from files.cli import deferred_interrupt
-from files.machine import check_device, network_dtype
+from files.machine import network_dtype, use_device
 from helios.load import Loader, load_network
 from helios.lora import Lora
 from helios.parallel import TokenShare, WeightShare
@@ -190,8 +190,7 @@ class Team:
         self.split = words["split"]
         if words["device"] == "cuda":
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            check_device(name)
-            torch.cuda.set_device(name)
+            use_device(name)
             self.device, self.group = torch.device(name), dist.new_group(backend="nccl")
         self.weights = WeightShare(self.rank, self.size, self.group)
 

@@ -40,8 +40,9 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         file = Path(path, "spiece.model") if Path(path).is_dir() else Path(path)
-        if file.is_file():
-            check_pointer(file)
+        if not file.is_file():
+            raise ValueError(f"{file}: expected a sentencepiece model, found no such file; tokenizer.json is not read")
+        check_pointer(file)
         try:
             self.model = SentencePieceProcessor(model_file=str(file))
         except (OSError, RuntimeError, ValueError) as error:  # which of them depends on its version

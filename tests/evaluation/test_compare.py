@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
+from goldens import GEOMETRY
 from known import load_video
 from PIL import Image
 
@@ -102,6 +103,13 @@ def test_first_frames_and_size(folders):
     assert len({each["psnr"] for each in found}) == 4
     true, frames = make_video(0), load_video(folders / "ours" / "a.mp4")
     assert found[1]["psnr"] == pytest.approx(measure(frames[:5], true[:5])["psnr"], abs=1e-4)
+
+
+def test_cameras_by_a_network_in_the_dtype_of_the_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "network_dtype", lambda device: torch.bfloat16)
+    shutil.copy(GEOMETRY / "pi3x_weights.safetensors", file := tmp_path / "model.safetensors")
+    load_network, _ = evaluate.find_network(evaluate.parse(["x", "--out", "y.md", "--geometry", str(file)]))
+    assert load_network is not None and torch.bfloat16 in {p.dtype for p in load_network().parameters()}
 
 
 def test_cameras_from_known_paths(folders, monkeypatch):

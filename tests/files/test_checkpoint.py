@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from files import checkpoint
 from files.checkpoint import (
     Network,
     build,
@@ -208,6 +209,28 @@ def test_the_same_tensor_in_two_files(folder):
     shards = {name: ("one" if "0" in name else "two") + ".safetensors" for name in state}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
     line(lambda: load(Small, folder), "layers.0.bias is in more than one file")
+
+
+def test_a_tensor_under_both_of_its_names(folder):
+    """Ours counts, whichever comes first in the file."""
+    class Named(Small):
+        aliases = {"a": "layers.0.bias", "z": "layers.1.bias"}
+
+    state = Small(SmallConfig()).state_dict()
+    save_file(state | {"a": torch.ones(4), "z": torch.ones(4)}, folder / "model.safetensors")
+    assert all(torch.equal(value, state[name]) for name, value in load(Named, folder).state_dict().items())
+    state["a"], state["z"] = (state.pop(f"layers.{index}.bias") for index in (0, 1))
+    save_file(state, folder / "model.safetensors")
+    assert torch.equal(load(Named, folder).layers[0].bias, state["a"])
+
+
+@pytest.mark.parametrize("dim, takes", [(48, True), (36, False)])
+def test_float8_products_of_what_the_kernel_takes(folder, monkeypatch, dim, takes):
+    """Sides of whole 16s; of other layers the weight is cast back."""
+    monkeypatch.setattr(checkpoint, "multiplies_float8", lambda device: True)
+    (folder / "config.json").write_text(json.dumps({"dim": dim}))
+    save_file(Small(SmallConfig(dim=dim)).state_dict(), folder / "model.safetensors")
+    assert [layer.in_float8 for layer in load(Small, folder, fp8=(".weight",)).layers] == [takes, takes]
 
 
 class Drawn(TorchDispatchMode):

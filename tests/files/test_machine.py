@@ -12,7 +12,15 @@ from torch.overrides import TorchFunctionMode
 
 from files import machine
 from files.cli import run_program
-from files.machine import check_device, choose_products, free_memory, host_memory, network_dtype, peak_memory
+from files.machine import (
+    choose_products,
+    free_memory,
+    host_memory,
+    multiplies_float8,
+    network_dtype,
+    peak_memory,
+    use_device,
+)  # fmt: skip
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux itself")
@@ -68,15 +76,44 @@ def test_a_system_that_does_not_tell(monkeypatch):
 def test_devices(monkeypatch):
     for device in ("cpu:0", "gpu", "cuda:x", "", "mps:1"):
         with pytest.raises(ValueError, match="expected cpu, mps, cuda or cuda:N"):
-            check_device(device)
+            use_device(device)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device mps: there is no such device"):
-        check_device("mps")
+        use_device("mps")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    check_device("mps")
+    use_device("mps")
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10, raising=False)
     monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 3)
     assert network_dtype("mps") == torch.bfloat16 and free_memory("mps") == 7
+
+
+def test_a_named_card_becomes_the_current_one(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for device in ("cpu", "cuda", "cuda:1"):
+        use_device(device)
+    assert taken == ["cuda:1"]
+    with pytest.raises(ValueError, match="2 found"):
+        use_device("cuda:2")
+
+
+@pytest.mark.parametrize("capability, refuses, expected", [((8, 6), False, False), ((8, 9), False, True), ((9, 0), True, False)])
+def test_float8_is_tried(monkeypatch, capability, refuses, expected):
+    """By the card's kernel, for which the CPU's stands here."""
+    ones, product = torch.ones, torch._scaled_mm
+
+    def multiply(*given, **named):
+        if refuses:
+            raise RuntimeError("Rowwise scaling is not currently supported on your device")
+        return product(*given, **named)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: ones(*shape))
+    monkeypatch.setattr(torch, "_scaled_mm", multiply)
+    multiplies_float8.cache_clear()
+    assert multiplies_float8("cuda") == expected and not multiplies_float8("cpu")
+    multiplies_float8.cache_clear()
 
 
 ERRORS = {

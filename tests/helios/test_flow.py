@@ -336,6 +336,11 @@ def test_dmd_by_class_or_by_type(checkpoint):
     assert load_schedule(checkpoint(_class_name="HeliosDMDScheduler")).sampler == "dmd"
 
 
+def test_a_single_stage_has_the_whole_range(checkpoint):
+    """A file may still hold the default for three, which the official program doesn't look at then."""
+    assert load_schedule(checkpoint(stages=1)).stage_range == (0, 1)
+
+
 @pytest.mark.parametrize("entries, found", [
     (dict(prediction_type="epsilon"), "prediction_type is 'epsilon'"),
     (dict(thresholding=True), "thresholding is True"),
