@@ -43,7 +43,7 @@ from helios.load import MEMORY, ROOT, files_read
 from helios.taehv import find_taehv
 from job import Settings
 from mini.fewshot import MOST, describe_loras, train_loras
-from mini.judge import Trial, held_out, judge
+from mini.judge import ESTIMATED, Trial, held_out, judge
 from wah import model_options
 
 Show = Callable[[str], dict[str, np.ndarray]]  # the videos of a name by their labels
@@ -376,16 +376,19 @@ def run_few_shot(args: argparse.Namespace) -> None:
     if there is None:
         return
     fill = model_options(args.weights).warp_fill
-    names = {count: f"full, {fill} filling" + (f", LoRA {count}-clips" if count else "") for count in counts}
-    found = gather(there, "rows")
-    rows = {f"{count} clips": found[names[count]] for count in counts}
+    names = {f"{count} clips": f", {fill} filling" + (f", LoRA {count}-clips" if count else "") for count in counts}
+    found, none = gather(there, "rows"), f"{counts[0]} clips"
+    rows, estimated = ({label: found[way + name] for label, name in names.items() if way + name in found}
+                       for way in ("full", ESTIMATED))
+    more = "\n" + markdown(["the same with geometry that is estimated from the first frame"], estimated, none)
     head = [*describe_scenes(args), f"LoRAs by the weights' recipe{' and ' if args.set else ''}{' '.join(args.set)}"]
     lines = {title(metric): [mean_error(column(row, metric)) for row in rows.values()]
              for metric in ("psnr visible", "psnr", "psnr not visible")}
     with replacing({"plot": plot}) as files:
         save_png(files["plot"], draw_means([*map(float, counts)], lines, "clips that the LoRA learnt from"))
-    shown = {f"{count} clips": name for count, name in names.items()}
-    write(args.out, head, rows, f"{counts[0]} clips", f"{counts[-1]} clips", partial(show_scene, trial, shown))
+    show = partial(show_scene, trial, {label: f"full{name}" for label, name in names.items()})
+    write(args.out, head, rows, none, f"{counts[-1]} clips", show, more if estimated else "",
+          {"estimated": estimated})
     print("and", plot)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from clips import files_beside, find_video, given_geometry, steady_path
-from files.checkpoint import build, weight_files
+from files.checkpoint import build, count_numbers, weight_files
 from files.cli import check_frames, parse_size
 from files.machine import default_device, network_dtype, use_device
 from files.media import (
@@ -230,10 +230,13 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
             raise ValueError(f"--set {name}: needs {need}")
     if settings.compile and ranks()[1] > 1:
         raise ValueError("--set compile=true: not with several processes")
-    if args.depth is not None and not is_filmed(args):
-        for name in sorted(set_here & {"geometry", *OF_PI3X}):
-            if not (name == "geometry" and settings.check):
-                raise ValueError(f"--set {name}: Pi3X is not used beside --depth")
+    beside = "--depth" if args.depth is not None else (clip_files(args, settings) or (None, None))[1]
+    unused = {"geometry", *OF_PI3X}  # but for a clip's camera, or the result's
+    unused -= {"geometry", "keyframes"} if settings.check or is_filmed(args) else set()
+    if path and (beside or find_pi3x(settings.geometry, args.weights) is None):
+        for name in sorted(set_here & unused):
+            raise ValueError(f"--set {name}: " + (f"Pi3X is not used beside {beside}" if beside else
+                                                  "there is no Pi3X here"))
 
 
 def load_settings(args: argparse.Namespace) -> Settings:
@@ -282,15 +285,21 @@ def seen_together(args: argparse.Namespace, settings: Settings) -> int:
     return settings.keyframes or read_index(args.weights).keyframes
 
 
+def led_by_pi3x(args: argparse.Namespace, settings: Settings) -> bool:
+    """Whether geometry, or the path of a clip's camera, is what Pi3X sees."""
+    return is_filmed(args) or args.depth is None and clip_files(args, settings) is None
+
+
 def open_pi3x(args: argparse.Namespace, settings: Settings,
               frames: int) -> tuple[Path | None, Callable[[], Pi3X] | None]:
     """The geometry network of a run along a path, where it is needed and there is one."""
     file = find_pi3x(settings.geometry, args.weights)
-    known = args.depth is not None or clip_files(args, settings) is not None
-    if file is None or known and not settings.check and not is_filmed(args):
+    if file is None or not (led_by_pi3x(args, settings) or settings.check):
         return None, None
-    often, given = not known and args.video is None and frames > WINDOW, ("poses",) * settings.known_poses
-    return file, pi3x_source(file, settings.device, weight_files(args.weights / "transformer"), often, given)
+    often = args.image is not None and args.depth is None and frames > WINDOW and args.memory != "stream"
+    beside = count_numbers(weight_files(args.weights / "transformer"))
+    beside *= 1 if args.memory == "fp8" else network_dtype(settings.device).itemsize
+    return file, pi3x_source(file, settings.device, beside, often, ("poses",) * settings.known_poses)
 
 
 def is_filmed(args: argparse.Namespace) -> bool:
@@ -334,9 +343,6 @@ def start_clip(args: argparse.Namespace, settings: Settings, size: tuple[int, in
         words = f"Pi3X of {file}, {'all frames together' if together else 'each frame by itself'}{words}"
         camera = "found by it" if together else "taken to stand"
     else:
-        if settings.keyframes is not None and not is_filmed(args):
-            raise ValueError(f"--set keyframes: Pi3X is not used beside {depth}" if depth else
-                             "--set keyframes: there is no Pi3X here")
         count = sum(1 for _ in read_frames(args.video))
         known = CameraPath(torch.eye(4).repeat(count, 1, 1)) if poses is None else steady_path(poses)
         known = replace(known, lens=path.lens, size=path.size) if known.lens is None else known
@@ -369,9 +375,6 @@ def start_path(args: argparse.Namespace, settings: Settings, size: tuple[int, in
         camera.unit = choose_unit(settings.unit or path.unit, camera.reference)
         source = f"Pi3X of {file}{words}"
     else:
-        for name in OF_PI3X:
-            if getattr(settings, name) != getattr(Settings, name):
-                raise ValueError(f"--set {name}: there is no Pi3X here")
         image, geometry, unit, source = given_scene(picture, path, args.depth, size, settings.fov,
                                                     settings.inverse_depth, settings.unit, settings.device,
                                                     limit or PIXEL_LIMIT)

@@ -25,7 +25,7 @@ from files.media import fit_image, load_image, resize_frame, tell_shape, to_fram
 from files.video import VideoWriter, try_encoder
 from files.writing import beside, check_outputs, replacing
 from geometry.camera import VERBS, CameraPath, describe, hold, inverse, normalize, product, retime, scale_translation
-from geometry.pi3x import load_pi3x
+from geometry.pi3x import find_pi3x, load_pi3x
 from geometry.scene import choose_unit, describe_visible, given_scene, known_lens, read_path
 from geometry.surface import (
     MIN_CONFIDENCE,
@@ -360,9 +360,10 @@ def preview_geometry(args: argparse.Namespace, path: CameraPath,
     """The picture's geometry, the length of the path's unit, and where they come from."""
     picture, fov = load_image(args.image), read_fov(args.fov)
     tell_shape(args.image, picture, size)
-    if args.geometry is None:
+    file = args.geometry and find_pi3x(args.geometry, args.geometry)
+    if file is None:
         return given_scene(picture, path, args.depth, size, fov, args.inverse_depth, args.unit)[1:]
-    (geometry,) = estimate(load_pi3x(args.geometry), [fit_image(picture, size)])
+    (geometry,) = estimate(load_pi3x(file), [fit_image(picture, size)])
     K, words = known_lens(picture, path, size, fov)
     if K is not None:
         geometry = with_lens(geometry, stretch(K, size, geometry.size))

@@ -62,7 +62,7 @@ from helios.load import (
 from helios.lora import Lora
 from helios.taehv import find_taehv
 from helios.team import follow, lead, ranks
-from job import Job, Settings, check, clip_files, is_filmed, load_settings, prepare, seen_together
+from job import Job, Settings, check, clip_files, is_filmed, led_by_pi3x, load_settings, prepare, seen_together
 from model import Helios
 from wah import Chunk, Options, Rollout
 
@@ -174,7 +174,8 @@ def describe_job(args: argparse.Namespace, job: Job) -> dict:
         "size": job.size, "frames": job.frames, "fps": job.fps, "fp8": args.memory == "fp8",
         "dtype": str(network_dtype(job.settings.device)), "lora": lora_files(job.lora),
         "weights": fingerprint(args.weights, files_read(args.weights)),
-        "geometry": job.pi3x_file, "taehv": None if job.settings.vae == "wan" else find_taehv(args.weights),
+        "geometry": job.pi3x_file if led_by_pi3x(args, job.settings) else None,
+        "taehv": None if job.settings.vae == "wan" else find_taehv(args.weights),
         "warp": [fingerprint(path) for path in args.warp or ()],
         "clip": [fingerprint(path) for path in existing(*(clip_files(args, job.settings) or ()))]}
     return {name: fingerprint(value) if isinstance(value, Path) else value
@@ -277,8 +278,7 @@ def generate(args: argparse.Namespace, job: Job, output: Output, networks: Netwo
         print(f"\nstopped: keeping the {output.count} frames that are done; to go on: python sample.py {words}")
     finally:
         progress.close()
-    if shares:
-        shares = shares[: output.count - already * WINDOW]
+    if shares := shares[: output.count - already * WINDOW]:
         print(describe_visible(shares, already * WINDOW))
     report(rollout, output, already, time.perf_counter() - begin, settings.device)
     return rollout.given
@@ -306,7 +306,7 @@ def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bo
         try_encoder(job.fps, job.size)
         output.begin(describe_job(args, job), job.frames, job.fps, job.led, describe_machine(settings.device))
         given = generate(args, job, output, networks)
-        with replacing(outputs, inputs) as files:
+        with replacing(outputs, filter(Path.exists, inputs)) as files:  # what is gone by now can't be overwritten
             for name in files.keys() & {"video", "warp"}:
                 output.join(f"_{name}.mp4", files[name])
             save_png(files["sheet"], output.sheet())

@@ -190,11 +190,10 @@ class Rollout:
             raise ValueError(f"steps {options.steps}: expected {models.schedule.stages} numbers, one a stage")
         if camera is not None and camera.begun:
             raise ValueError("this camera has been used: each rollout needs its own")
-        if lora is not None and prompts.trigger is None:
-            raise ValueError("a LoRA needs the prompt with its trigger")
         models.transformer.set_lora(lora)  # a LoRA of another model is refused here, before any work
         models.transformer.set_lora(None)
-        self.models, self.prompts, self.camera, self.lora, self.options = models, prompts, camera, lora, options
+        self.models, self.camera, self.lora, self.options = models, camera, lora, options
+        self.prompts = self.fitting(prompts)
         self.generator = generator
         self.on_step = on_step or (lambda chunk, stage, step: None)
         self.device = models.transformer.proj_out.weight.device
@@ -266,6 +265,16 @@ class Rollout:
             self.prefix = self.noised(self.prefix, self.options.image_sigma)
             chunks = [self.noised(chunk, self.options.image_sigma, each_frame=True) for chunk in chunks]
         self.given = torch.cat(chunks, dim=2)
+
+    # ---- prompts
+
+    def fitting(self, prompts: Prompts) -> Prompts:
+        """The prompts, if all are there that this rollout needs."""
+        if self.lora is not None and prompts.trigger is None:
+            raise ValueError("a LoRA needs the prompt with its trigger")
+        if self.options.guidance > 1 and prompts.negative is None:
+            raise ValueError("guidance needs the negative prompt")
+        return prompts
 
     # ---- histories
 
@@ -351,7 +360,7 @@ class Rollout:
         After an error the rollout is as it was before, so that a second try gives what the first would have."""
         before, words = self.state(), (self.prompts, self.text_cache)
         if prompts is not None and prompts is not self.prompts:
-            self.prompts, self.text_cache = prompts, {}
+            self.prompts, self.text_cache = self.fitting(prompts), {}
         try:
             if poses is not None:
                 if self.camera is None or warp is not None:

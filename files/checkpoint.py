@@ -281,12 +281,13 @@ def locate(module: Network, files: list[Path]) -> dict[Path, dict[str, str]]:
     return places
 
 
-def kept_dtype(module: Network, name: str, dtype: torch.dtype) -> torch.dtype:
+def kept_dtype(module: Network | type[Network], name: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a network's tensor in a model of `dtype`: `module.fp32` lists what stays fp32."""
     return torch.float32 if any(part in name for part in module.fp32) else dtype
 
 
-def take(tensor: Tensor, module: Network, name: str, device: torch.device | str, dtype: torch.dtype) -> Tensor:
+def take(tensor: Tensor, module: Network | type[Network], name: str, device: torch.device | str,
+         dtype: torch.dtype) -> Tensor:
     """A tensor of a file in memory of its own, always: in a file numbers stand at odd addresses, which costs kernels
     time and the last bit of some results, and a file may change."""
     return tensor.to(device, kept_dtype(module, name, dtype), copy=True)

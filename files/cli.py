@@ -91,7 +91,7 @@ def need_less(name: str, args: argparse.Namespace, error: BaseException) -> str:
     reason = f"out of memory, {asked[1]} more were needed" if asked else "out of memory"
     # "GPU 0 has a total capacity of 23.64 GiB of which 1.20 GiB is free. ... this process has 22.40 GiB memory in use"
     card = re.search(r"total capacity of ([\d.]+) GiB of which ([\d.]+) ([GM])iB is free", str(error))
-    if card and name in NEEDS:
+    if card and name in NEEDS and hasattr(args, "memory"):  # which another process of a team does not know
         own = re.search(r"this process has ([\d.]+) GiB memory in use", str(error))
         free = float(card[2]) / (1 if card[3] == "G" else 1024)
         room = float(own[1]) + free if own else float(card[1])

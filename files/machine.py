@@ -96,13 +96,13 @@ def host_memory() -> tuple[int, int]:
 
 
 def free_memory(device: torch.device | str) -> int:
-    """Bytes that a device still has to give; 0 if the system does not tell."""
+    """Bytes that a device has for this process, a card with those that it holds already (a list's later videos find
+    the networks there); 0 if the system does not tell."""
     kind = torch.device(device).type
     if kind == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     if kind == "mps":
-        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+        return torch.mps.recommended_max_memory()
     return host_memory()[0]
 
 

@@ -448,11 +448,11 @@ def find_pi3x(choice: Path | None, weights: Path) -> Path | None:
     return next((path for path in places if path.is_file()), None)
 
 
-def pi3x_source(file: Path, device: str, beside: list[Path], often: bool,
+def pi3x_source(file: Path, device: str, beside: int, often: bool,
                 given: tuple[str, ...] = ()) -> Callable[[], Pi3X]:
-    """How a run gets Pi3X: read anew for each estimate, so that it makes room for what is in the files `beside` it, or
-    kept if it is used `often` and both fit on the device, with a quarter more for what they compute."""
+    """How a run gets Pi3X: read anew for each estimate, so that it makes room for the bytes `beside` it, or kept if it
+    is used `often` and both fit on the device, with a quarter more for what they compute."""
     dtype = network_dtype(device)
     read = partial(load_pi3x, file, device, dtype, given)
-    needed = count_numbers([file, *beside]) * dtype.itemsize * 5 // 4
+    needed = (count_numbers([file]) * dtype.itemsize + beside) * 5 // 4
     return cache(read) if often and free_memory(device) > needed else read

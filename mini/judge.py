@@ -40,6 +40,7 @@ from render import RenderSettings, Warp, fill_warp
 from wah import Options, Rollout, model_options
 
 FPS, WALK = 16, 3  # chunks of a walk
+ESTIMATED = "full, estimated geometry"  # the full method, with a warp by what Pi3X sees in the first frame
 
 
 @dataclass(frozen=True)
@@ -105,13 +106,10 @@ def generate(models: Models, prompts: Prompts, scene: Scene, seed: int, warp: Wa
 def all_ways(scene: Scene, trial: Trial, fill: str) -> Iterator[tuple[str, Warp | None, Way]]:
     """Rows, the warps that lead them, and how they are made."""
     for name, way in ways(trial.loras).items():
-        if trial.full and name.startswith(f"full, {fill}"):
-            yield name, scene.warp, way
-        if trial.full:
-            continue
-        yield name, scene.warp if way.led else None, way
-        if name.startswith("full, smooth") and scene.estimated is not None:
-            yield name.replace("full", "full, estimated geometry"), scene.estimated, way
+        if not trial.full or name.startswith(f"full, {fill}"):
+            yield name, scene.warp if way.led else None, way
+            if name.startswith(f"full, {fill}") and scene.estimated is not None:
+                yield name.replace("full", ESTIMATED), scene.estimated, way
 
 
 def numbers(frames: np.ndarray, truth: np.ndarray, visible: np.ndarray) -> dict[str, float]:

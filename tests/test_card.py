@@ -200,7 +200,7 @@ PI3X = {"geometry/pi3x.py:Block.forward", "geometry/pi3x.py:BranchDecoder.forwar
         "geometry/pi3x.py:MetricDecoder.forward", "geometry/pi3x.py:Pi3X.<genexpr>", "geometry/pi3x.py:Encoder.forward"}
 
 
-@pytest.mark.parametrize("pictures", [1, 8])
+@pytest.mark.parametrize("pictures", [1, 8, 33])
 def test_pi3x(pictures):
     card = Card()
     with card:

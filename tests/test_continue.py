@@ -20,6 +20,7 @@ import files
 from files.checkpoint import open_safetensors
 from files.output import Output
 from sample import main
+from wah import Rollout
 
 
 def test_stopping_keeps_what_is_done(place, capsys, monkeypatch):
@@ -67,6 +68,43 @@ def test_continued_equals_uninterrupted(place, monkeypatch, way):
     made = {path.name: path.read_bytes() for path in (place / "whole").iterdir()}
     assert made == {path.name: path.read_bytes() for path in (place / "parts").iterdir()}
     assert {"out.mp4", "out_sheet.png", "x.safetensors"} <= made.keys() and len(read("parts/out.mp4")) == 80
+
+
+@pytest.mark.parametrize("first, then", [((), ("--check",)), (("--check",), ())])
+def test_a_check_comes_and_goes(place, monkeypatch, first, then):
+    """It takes Pi3X, which the video itself does not depend on beside a depth map."""
+    weights = place / "weights" / "model"
+    shutil.copytree(DISTILLED, weights)
+    (weights.parent / "Pi3X").mkdir()
+    shutil.copy(PI3X[1].removeprefix("geometry="), weights.parent / "Pi3X" / "model.safetensors")
+    stop_in_chunk(monkeypatch, 2)
+    assert sample(*WAYS["depth"], *first, weights=weights) == 0
+    assert sample(*WAYS["depth"], *then, "--continue", weights=weights) == 0
+    assert len(read("out.mp4")) == 80 and Path("out_check.json").exists()
+
+
+def test_stopping_before_a_new_chunk_is_whole(place, capsys, monkeypatch):
+    """What was there already is kept; nothing is said of the visible share of what was not written."""
+    words = ["--image", "image.png", "--warp", "warp.npy"]
+    stop_in_chunk(monkeypatch, 2)
+    assert sample(*words) == 0
+    add = Output.add
+
+    def stop(self, *given):
+        monkeypatch.setattr(Output, "add", add)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "add", stop)
+    capsys.readouterr()
+    assert sample(*words, "--continue") == 0
+    assert "keeping the 33 frames" in capsys.readouterr().out and len(read("out.mp4")) == 33
+
+
+def test_a_picture_that_goes_during_the_run(place, monkeypatch):
+    finish = Rollout.finish
+    monkeypatch.setattr(Rollout, "finish", lambda *given: (Path("image.png").unlink(), finish(*given))[1])
+    assert sample("--image", "image.png", "--warp", "warp.npy", "--frames", "3") == 0
+    assert len(read("out.mp4")) == 3
 
 
 def test_a_killed_run_goes_on(place):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -342,6 +343,9 @@ def test_preview_by_pi3x(tmp_path, capsys):
     network, image = load_pi3x(weights), media.fit_image(media.load_image(tmp_path / "in.png"), (64, 96))
     geometry = surface.ensure_valid(surface.estimate(network, [image])[0])
     assert f"one unit of it is {0.1 * surface.median_depth(geometry):.4g} of" in out
+    (tmp_path / "Pi3X").mkdir()
+    shutil.copy(weights, tmp_path / "Pi3X" / "model.safetensors")
+    assert run(tmp_path, "--move", "orbit 10", "--geometry", str(tmp_path / "Pi3X"), "--frames", "2") == 0
 
 
 def test_the_flag_beats_the_file(tmp_path, capsys):

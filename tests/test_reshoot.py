@@ -274,6 +274,7 @@ def test_a_path_from_a_clip(place_of, capsys):
     said = capsys.readouterr().out
     assert "5 poses" in said and "degrees turned" in said and "mean confidence" in said
     assert steady_path(Path("a_path.json")).fps == 12
+    assert sample(*words, "--poses", "walk.mp4", *small, "keyframes=4", "--frames", "2") == 0  # of the clip, not of the run
     assert sample(*words, "--poses", "a_path.json", "--out", "b.mp4", "--set", "geometry_pixels=11760") == 0
     assert Path("a.mp4").read_bytes() == Path("b.mp4").read_bytes()
 
@@ -301,6 +302,8 @@ def test_a_picture_is_no_path(place_of, capsys, name):
 def test_a_path_from_a_clip_needs_a_network_that_knows_cameras(place_of, capsys):
     words = ["--image", "image.png", "--poses", "clip.mp4"]
     refused(capsys, place_of, words, "--poses clip.mp4", "there is no Pi3X here", "geometry=FILE")
+    refused(capsys, place_of, [*AGAIN, "--set", "keyframes=2"], "--set keyframes: Pi3X is not used beside")
+    refused(capsys, place_of, ["--video", "clip.mp4", "--move", "hold", "--set", "keyframes=2"], "there is no Pi3X here")
     refused(capsys, place_of, [*words, *PI3X, "keyframes=1"], "clip.mp4", "does not know how cameras stand", "keyframes=8")
     mini = Path(__file__).parents[1] / "weights" / "mini"
     refused(capsys, place_of, words, "clip.mp4", "geometry=FILE", weights=mini)

@@ -326,6 +326,11 @@ def test_clear_errors(models, prompts):
     other = {name.replace(".0.", ".9.", 1): adapter for name, adapter in lora.adapters.items()}
     with pytest.raises(ValueError, match="no layer blocks.9"):
         Rollout(models, prompts, SIZE, generator, lora=replace(lora, adapters=other))
+    guided, unguided = Options(guidance=2), replace(prompts, negative=None)
+    with pytest.raises(ValueError, match="negative prompt"):
+        Rollout(models, unguided, SIZE, generator, options=guided)
+    with pytest.raises(ValueError, match="negative prompt"):
+        Rollout(models, prompts, SIZE, generator, options=guided).next(prompts=unguided)
     with pytest.raises(ValueError, match="at least 33 frames"):
         Rollout(models, prompts, SIZE, generator, video=torch.zeros(1, 3, 32, *SIZE))
     with pytest.raises(ValueError, match="needs the image"):

@@ -83,8 +83,14 @@ def test_devices(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     use_device("mps")
     monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 10, raising=False)
-    monkeypatch.setattr(torch.mps, "current_allocated_memory", lambda: 3)
-    assert network_dtype("mps") == torch.bfloat16 and free_memory("mps") == 7
+    assert network_dtype("mps") == torch.bfloat16 and free_memory("mps") == 10
+
+
+def test_memory_of_a_card_that_is_in_use(monkeypatch):
+    """Free, or this process's own already."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (5, 20))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3)
+    assert free_memory("cuda") == 8
 
 
 def test_a_named_card_becomes_the_current_one(monkeypatch):
@@ -141,6 +147,13 @@ def test_out_of_memory_is_one_line(kind, memory, less, capsys):
 
 CARD = ("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of {total} GiB of which {free} is free."
         " Including non-PyTorch memory, this process has {own} GiB memory in use. Of the allocated memory 3 GiB ...")
+
+
+def test_out_of_memory_where_the_words_are_not_known(capsys):
+    """On the cards of a team's other processes."""
+    error = torch.OutOfMemoryError(CARD.format(total=23.64, free="1.20 GiB", own=22.4))
+    assert run_program("sample.py", lambda args: raised(error), argparse.Namespace()) == 2
+    assert "; less is needed with a smaller --size\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("program, memory, settings, size, total, free, own, fits", [

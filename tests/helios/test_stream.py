@@ -21,11 +21,12 @@ from goldens import DISTILLED, check
 from safetensors.torch import save_file
 from test_model import CASES, loss_of, matrices, run
 
-from files.checkpoint import load, quantize, read_config
+from files.checkpoint import load, quantize, read_config, weight_files
 from helios import stream
-from helios.load import encode_prompts, load_models
+from helios.load import encode_prompts, files_read, halve, load_models
 from helios.lora import Lora
 from helios.stream import load_streamed
+from helios.text import UMT5Encoder
 from model import Helios, HeliosConfig, Linear
 
 PLAIN = [case for case in CASES if not CASES[case]["config_override"]]
@@ -397,3 +398,19 @@ def test_compiled_blocks(tmp_path, monkeypatch, memory):
                 check("compiled blocks", run(compiled, case), run(eager, case), 5e-5)
     assert len(graphs) == 3 * len(loras)  # the first block (whose inputs are views), those between, and the last one
     compiler.reset()
+
+
+def test_half_the_size(tmp_path):
+    """What a card holds of the copy is what it holds of the original, with all files that a run reads."""
+    half = tmp_path / "half"
+    halve(Helios, DISTILLED, half)
+    for part, network in (("transformer", Helios), ("text_encoder", UMT5Encoder)):
+        ours, theirs = (load(network, folder / part, "cpu", torch.bfloat16).state_dict() for folder in (half, DISTILLED))
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+        sizes = [sum(file.stat().st_size for file in weight_files(folder / part)) for folder in (half, DISTILLED)]
+        assert sizes[0] < 0.65 * sizes[1]
+    assert all((half / file.relative_to(DISTILLED)).is_file() for file in files_read(DISTILLED))
+    assert (half / "vae" / "config.json").read_bytes() == (DISTILLED / "vae" / "config.json").read_bytes()
+    with pytest.raises(ValueError, match="half: exists already"):
+        halve(Helios, DISTILLED, half)
+    assert [file.name for file in tmp_path.iterdir()] == ["half"]

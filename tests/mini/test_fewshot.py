@@ -53,6 +53,9 @@ def test_the_curve(tmp_path, monkeypatch, capsys):
     assert [*rows] == ["0 clips", "1 clips", "2 clips"]
     found = [row[f"scene-{HELD_OUT + 2000}"]["psnr"] for row in rows.values()]
     assert len({*found}) == 3, found
+    estimated = json.loads(out.with_suffix(".json").read_text())["estimated"]
+    assert [*estimated] == [*rows] and estimated["1 clips"] != rows["1 clips"]
+    assert out.read_text().count("difference from 0 clips") == 2
     assert "difference from 0 clips" in out.read_text() and "steps=3" in out.read_text()
     assert Image.open(out.with_suffix(".png")).size == (640, 360)
     monkeypatch.setattr(judge, "judge", None)
