@@ -182,12 +182,13 @@ class Studio:
         return self.rollout
 
     def embedded(self) -> Prompts:
-        """The prompt's embeddings, made anew when it is another."""
+        """The prompt's embeddings, made anew when it is another. The transformer is there already, so the text encoder
+        is streamed past it, whatever --memory says: the numbers are the same."""
         if "|" in self.prompt:
             raise ValueError(f"prompt {self.prompt!r}: one for each chunk is not of the page; change it between chunks")
         if self.prompts is None or self.prompts[0] != self.prompt:
             made = encode_prompts(self.args.weights, self.prompt, self.lora is not None, self.settings.guidance > 1,
-                                  self.settings.device, self.args.memory)
+                                  self.settings.device, memory="stream")
             self.prompts = self.prompt, made
         return self.prompts[1]
 

@@ -14,6 +14,9 @@ import view
 from files.video import read_rate
 from geometry.camera import motion
 from geometry.flight import pushed
+from helios.load import encode_prompts
+from helios.stream import load_streamed
+from helios.text import UMT5Encoder
 from sample import main as sample_main
 from studio import Studio
 
@@ -154,6 +157,16 @@ def test_another_preset(studio):
     studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
     wait(studio)
     assert studio.settings.warp_band == "mid" and studio.settings.samples == 2 and len(studio.frames) == 33
+
+
+def test_the_text_encoder_is_streamed_past_the_transformer(studio, monkeypatch):
+    """With --memory full too: both at once would take the memory of both."""
+    streamed = []
+    monkeypatch.setattr("helios.load.load_streamed", lambda network, *rest: streamed.append(network)
+                        or load_streamed(network, *rest))
+    plain = studio.embedded().plain
+    assert studio.args.memory == "full" and streamed == [UMT5Encoder]
+    assert torch.equal(plain, encode_prompts(DISTILLED, "a car", False, False, "cpu").plain)
 
 
 def test_errors_are_said_and_the_studio_lives_on(studio):
