@@ -98,6 +98,7 @@ class Studio:
         settings = job.load_settings(args)
         lora = job.choose_lora(args, settings)
         self.args, self.settings, self.lora = args, settings, lora
+        self.prompts = None  # a LoRA has a trigger
         self.forget()
         self.tell(f"preset {preset}")
 

@@ -1,14 +1,16 @@
 """What the page drives, without a browser: films equal sample.py's videos, drives have no seam, errors are said and survived."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from goldens import DISTILLED
+from goldens import DISTILLED, HELIOS
 from known import load_video
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import view
 from files.video import read_rate
@@ -167,6 +169,16 @@ def test_the_text_encoder_is_streamed_past_the_transformer(studio, monkeypatch):
     plain = studio.embedded().plain
     assert studio.args.memory == "full" and streamed == [UMT5Encoder]
     assert torch.equal(plain, encode_prompts(DISTILLED, "a car", False, False, "cpu").plain)
+
+
+def test_a_preset_may_bring_a_lora(page_words):
+    """The prompt, which was embedded before, then gets its trigger."""
+    shutil.copytree(DISTILLED, "model")
+    save_file(load_file(HELIOS / "lora_noprefix.safetensors"), "model/lora.safetensors", {"wah_warp_band": "mid"})
+    studio = Studio(view.parse([*page_words, "--weights", "model"]))
+    assert studio.begin().lora is None
+    studio.prefer("realtime")
+    assert studio.begin().lora is not None
 
 
 def test_errors_are_said_and_the_studio_lives_on(studio):
