@@ -64,18 +64,19 @@ class Studio:
         known = {"image": image, "depth": depth, "video": video, "move": "hold"}
         words = argparse.Namespace(**{**vars(self.args), **known})
         job.check(words, self.settings)
-        frames = 2 * WINDOW if video is None else job.count_frames(video, None)
-        still = CameraPath(torch.eye(4).repeat(2, 1, 1))
-
-        def start() -> job.Start:
-            file, pi3x = job.open_pi3x(words, self.settings, frames)
-            return job.start_path(words, self.settings, self.size, still, file, pi3x, frames)
-
-        self.first, self.start = start(), start
+        self.start(words, self.settings)
         self.fps = self.settings.fps or (video and read_rate(video)) or 16  # as sample.py has it
-        self.worlds += 1  # so that pages notice
         self.keys: list[Tensor] = [torch.eye(4)]  # relative to the picture's camera, in its own unit
         self.seconds: list[float] = []
+
+    def start(self, words: argparse.Namespace, settings: job.Settings) -> None:
+        """The picture or clip of the words with its geometry, estimated once for all films; a new film."""
+        frames = 2 * WINDOW if words.video is None else job.count_frames(words.video, None)
+        file, pi3x = job.open_pi3x(words, settings, frames)
+        still = CameraPath(torch.eye(4).repeat(2, 1, 1))
+        self.first = job.start_path(words, settings, self.size, still, file, pi3x, frames)
+        self.words, self.fresh = words, self.camera.state()
+        self.worlds += 1  # so that pages notice
         self.forget()
 
     def receive(self, name: str, content: bytes) -> None:
@@ -97,13 +98,14 @@ class Studio:
         args = argparse.Namespace(**{**vars(self.args), "set": [*kept, f"preset={preset}"]})
         settings = job.load_settings(args)
         lora = job.choose_lora(args, settings)
+        self.start(self.words, settings)
         self.args, self.settings, self.lora = args, settings, lora
         self.prompts = None  # a LoRA has a trigger
-        self.forget()
         self.tell(f"preset {preset}")
 
     def forget(self) -> None:
-        """A new film of the same picture."""
+        """A new film of the same picture, with the camera as it was before any."""
+        self.camera.restore(self.fresh)
         self.rollout: Rollout | None = None
         self.frames: list[np.ndarray] = []  # [H, W, 3] uint8
         self.path = torch.empty(0, 4, 4)  # that the frames were made along
@@ -164,7 +166,6 @@ class Studio:
         if isinstance(camera, Memory):
             camera = Camera(self.geometry, self.size, camera.unit, camera.settings)
         self.forget()
-        camera.restore({})
         for poses in path.split(WINDOW):
             warp = camera.warp(poses).frames[:, :, :len(poses)]
             camera.remember(warp[:, :, -1])
@@ -176,7 +177,6 @@ class Studio:
         """A rollout from the picture, with the seed: the same words give the same video."""
         self.forget()
         self.tell("getting ready ...")
-        self.first = self.start()
         generator = torch.Generator().manual_seed(self.seed)
         self.rollout = Rollout(self.models, self.embedded(), self.size, generator, self.first.image,
                                camera=self.first.camera, lora=self.lora, options=self.settings, on_step=self.on_step)

@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from goldens import DISTILLED, HELIOS
+from goldens import DISTILLED, GEOMETRY, HELIOS, INPUTS
 from known import load_video
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import job
 import view
-from files.video import read_rate
-from geometry.camera import motion
+from files.video import read_rate, write_video
+from geometry.camera import motion, move_path
 from geometry.flight import pushed
 from helios.load import encode_prompts
 from helios.stream import load_streamed
@@ -159,6 +160,7 @@ def test_another_preset(studio):
     studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
     wait(studio)
     assert studio.settings.warp_band == "mid" and studio.settings.samples == 2 and len(studio.frames) == 33
+    assert studio.camera.settings.samples == 2 and studio.worlds == 2
 
 
 def test_the_text_encoder_is_streamed_past_the_transformer(studio, monkeypatch):
@@ -179,6 +181,36 @@ def test_a_preset_may_bring_a_lora(page_words):
     assert studio.begin().lora is None
     studio.prefer("realtime")
     assert studio.begin().lora is not None
+
+
+PI3X = f"geometry={GEOMETRY / 'pi3x_weights.safetensors'}"
+
+
+@pytest.mark.parametrize("shown, words", [
+    (["--image", "image.png"], []), (["--image", "image.png"], [PI3X, "keyframes=3"]), (["--video", "clip.mp4"], [])],
+    ids=["plane", "Pi3X", "clip"])  # fmt: skip
+def test_each_film_has_the_same_camera(page_words, monkeypatch, shown, words):
+    """The geometry is found once, and a film that follows others sees the same warps as the first one."""
+    write_video(Path("clip.mp4"), INPUTS["warp"][:40], 12)
+    page_words[page_words.index("--image"):page_words.index("--prompt")] = shown
+    starts, start = [], job.start_path
+    monkeypatch.setattr("job.start_path", lambda *rest: starts.append(rest) or start(*rest))
+    studio = Studio(view.parse([*page_words, *words]))
+    studio.keys, studio.seconds = [torch.eye(4), pose(0, 0, 1, 0, 0, 0)], [3.0]
+
+    def film(camera) -> list[torch.Tensor]:
+        found = []
+        for poses in move_path("right 1, yaw 5, forward 1").split(33):
+            warp = camera.warp(poses)
+            camera.remember(warp.frames[:, :, -1])
+            found += [warp.frames, warp.visible]
+        return found
+
+    expected = film(start(*starts[0]).camera)
+    for _ in range(2):
+        assert all(map(torch.equal, film(studio.begin().camera), expected))
+        studio.preview()
+    assert len(starts) == 1
 
 
 def test_errors_are_said_and_the_studio_lives_on(studio):
