@@ -10,7 +10,7 @@ import argparse
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -52,16 +52,17 @@ class Studio:
         self.message, self.progress = "", 0.0
         self.worlds = 0
         self.prompts: tuple[str, Prompts] | None = None
-        self.open(args.image, args.depth)
+        self.open(args.image, args.depth, args.set)
         self.models = load_models(Helios, args.weights, self.settings.device, args.memory, self.settings.vae)
         if self.settings.compile:
             self.models.transformer.compile_blocks()
 
-    def open(self, image: Path | None, depth: Path | None = None) -> None:
-        """Another picture, or the clip that the words name; the old world is forgotten. Raises ValueError or OSError,
-        and nothing changes then."""
+    def open(self, image: Path | None, depth: Path | None = None, needed: Sequence[str] = ()) -> None:
+        """Another picture, or the clip that the words name; the old world is forgotten. `needed` are words of --set
+        that are refused if they do nothing here; the settings are the same without. Raises ValueError or OSError, and
+        nothing changes then."""
         video = self.args.video if image is None else None
-        known = {"image": image, "depth": depth, "video": video, "move": "hold"}
+        known = {"image": image, "depth": depth, "video": video, "move": "hold", "set": needed}
         words = argparse.Namespace(**{**vars(self.args), **known})
         job.check(words, self.settings)
         self.start(words, self.settings)

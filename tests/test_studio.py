@@ -155,6 +155,20 @@ def test_a_picture_that_was_sent_can_be_filmed(studio):
         assert said in studio.message and len(studio.frames) == 33
 
 
+@pytest.mark.parametrize("shown, words", [
+    (["--image", "image.png", "--depth", "depth.npy"], ["inverse_depth=true"]), (["--video", "clip.mp4"], ["relative=first"])])
+def test_settings_of_the_first_picture_do_not_refuse_another_one(page_words, shown, words):
+    """They say nothing of it; what the user has set besides still holds."""
+    np.save("depth.npy", np.full((64, 128), 0.5, np.float32))
+    write_video(Path("clip.mp4"), INPUTS["warp"][:40], 12)
+    page_words[page_words.index("--image"):page_words.index("--prompt")] = shown
+    studio = Studio(view.parse([*page_words, *words, "fov=70"]))
+    K = studio.geometry.K
+    studio.submit(lambda: studio.receive("mine.png", Path("image.png").read_bytes()))
+    wait(studio)
+    assert studio.message == "mine.png is the picture now" and torch.equal(studio.geometry.K, K)
+
+
 def test_another_preset(studio):
     studio.submit(lambda: studio.prefer("realtime"))
     studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
