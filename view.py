@@ -204,21 +204,36 @@ class Page:
         self.client.send_file_download(f"film.{kind}", self.studio.saved(kind), save_immediately=True)
 
 
-def admit(client, studio: Studio, token: str | None, pages: dict[int, Page]) -> None:
+def enter(client, studio: Studio, pages: dict[int, Page | None]) -> None:
+    """A browser's page, closed again if it has left meanwhile: viser says so in another thread."""
+    page = Page(client, studio)
+    if pages.setdefault(client.client_id, page) is not page:
+        page.close()
+
+
+def leave(client, pages: dict[int, Page | None]) -> None:
+    """A browser's page is closed; one that is still being built finds its place taken."""
+    page = pages.setdefault(client.client_id, None)
+    pages[client.client_id] = None
+    if page is not None:
+        page.close()
+
+
+def admit(client, studio: Studio, token: str | None, pages: dict[int, Page | None]) -> None:
     """A browser comes in; with a `token` it sees nothing before it has given it."""
     if token is None:
-        pages[client.client_id] = Page(client, studio)
+        enter(client, studio, pages)
         return
     asked = client.gui.add_text("token", "")
     button = client.gui.add_button("enter")
 
-    def enter(event) -> None:
+    def press(event) -> None:
         if secrets.compare_digest(asked.value.encode(), token.encode()) and client.client_id not in pages:
             asked.remove()
             button.remove()
-            pages[client.client_id] = Page(client, studio)
+            enter(client, studio, pages)
 
-    button.on_click(enter)
+    button.on_click(press)
 
 
 def serve(args: argparse.Namespace):
@@ -233,12 +248,7 @@ def serve(args: argparse.Namespace):
     server = viser.ViserServer(host=args.host, port=args.port, label="Warp-as-History", verbose=False)
     server.scene.set_up_direction("-y")
     server.on_client_connect(lambda client: admit(client, studio, args.token, pages))
-
-    @server.on_client_disconnect
-    def _(client) -> None:
-        if client.client_id in pages:
-            pages.pop(client.client_id).close()
-
+    server.on_client_disconnect(lambda client: leave(client, pages))
     where = "this machine alone" if args.host in LOCAL else "everybody who reaches this machine, and knows the token"
     print(f"http://{args.host}:{server.get_port()} for {where}; Ctrl-C ends it")
     return server, studio, pages

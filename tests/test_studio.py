@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -260,6 +262,22 @@ def test_other_words_from_the_next_chunk_on(studio):
         wait(studio)
         made.append(np.stack(studio.frames))
     assert (made[0][:33] == made[1][:33]).all() and (made[0][33:] != made[1][33:]).any()
+
+
+@pytest.mark.parametrize("early", [True, False], ids=["while its page is built", "later"])
+def test_a_browser_that_leaves(studio, early):
+    """Its page hears of nothing any more, and its thread ends."""
+    client, pages, others = MagicMock(client_id=3), {}, {*threading.enumerate()}
+    if early:
+        client.gui.configure_theme.side_effect = lambda **_: view.leave(client, pages)
+    view.admit(client, studio, None, pages)
+    if not early:
+        assert len(studio.changed) == 1 and pages[3] is not None
+        view.leave(client, pages)
+    for thread in {*threading.enumerate()} - others:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert studio.changed == [] and pages == {3: None}
 
 
 @pytest.mark.parametrize("words, said", [
