@@ -44,6 +44,7 @@ from geometry.paths import path_json
 from geometry.pi3x import Pi3X, find_pi3x
 from geometry.scene import describe_visible
 from geometry.surface import estimate
+from helios.flow import Schedule
 from helios.load import (
     MEMORY,
     NEGATIVE_PROMPT,
@@ -64,7 +65,7 @@ from helios.taehv import find_taehv
 from helios.team import follow, lead, ranks
 from job import Job, Settings, check, clip_files, is_filmed, led_by_pi3x, load_settings, prepare, seen_together
 from model import Helios
-from wah import Chunk, Options, Rollout
+from wah import Chunk, Options, Rollout, stage_steps
 
 DATA = Path(__file__).parent / "data"
 DEMO = {
@@ -123,17 +124,16 @@ CHECK_STRIDE = 4  # every fourth frame, as in the paper
 class Progress:
     """A bar for each stage of each chunk."""
 
-    def __init__(self, options: Options, few_step: bool, chunks: int):
-        self.options, self.few_step, self.chunks = options, few_step, chunks
+    def __init__(self, options: Options, schedule: Schedule, chunks: int):
+        self.options, self.schedule, self.chunks = options, schedule, chunks
         self.bar: tqdm | None = None
 
     def __call__(self, chunk: int, stage: int, step: int) -> None:
         if step == 0 or self.bar is None:
             self.close()
-            twice = self.few_step and self.options.amplify_first_chunk and chunk == 0
-            total = self.options.steps[stage] * (2 if twice else 1)
-            name = f"chunk {chunk + 1}/{self.chunks}, stage {stage + 1}/{len(self.options.steps)}"
-            self.bar = tqdm(total=total, desc=name, unit="step", leave=False)
+            steps = stage_steps(self.options, self.schedule, chunk)
+            name = f"chunk {chunk + 1}/{self.chunks}, stage {stage + 1}/{len(steps)}"
+            self.bar = tqdm(total=steps[stage], desc=name, unit="step", leave=False)
         self.bar.update()
 
     def close(self) -> None:
@@ -257,7 +257,7 @@ def generate(args: argparse.Namespace, job: Job, output: Output, networks: Netwo
         return output.rollout["given"]
     settings, start = job.settings, job.start
     prompts, models = networks.give(args, job)
-    progress = Progress(settings, models.schedule.sampler == "dmd", job.chunks)
+    progress = Progress(settings, models.schedule, job.chunks)
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     begin, already, shares = time.perf_counter(), len(output.counts), []
     rollout = Rollout(models, prompts[0], job.size, generator, start.image, start.video, start.camera, job.lora,

@@ -30,7 +30,7 @@ from geometry.surface import Geometry
 from helios.load import Prompts, encode_prompts, load_models
 from memory import Camera, Memory
 from model import Helios
-from wah import Rollout
+from wah import Rollout, stage_steps
 
 UPLOAD = 50 * 2**20  # bytes of a picture at most
 
@@ -195,7 +195,8 @@ class Studio:
         return self.prompts[1]
 
     def on_step(self, chunk: int, stage: int, step: int) -> None:
-        self.progress = (sum(self.settings.steps[:stage]) + step + 1) / (sum(self.settings.steps) + 1)
+        steps = stage_steps(self.settings, self.models.schedule, chunk)
+        self.progress = (sum(steps[:stage]) + step + 1) / (sum(steps) + 1)  # and one for the decoding
         self.tell()
 
     def add_chunk(self, rollout: Rollout, poses: Tensor) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from files.machine import send
 from files.settings import require
 from geometry.camera import WINDOW
-from helios.flow import Velocity, guide, load_schedule, sample
+from helios.flow import Schedule, Velocity, guide, load_schedule, sample
 from helios.index import read_index
 from helios.load import Models, Prompts, size_multiple
 from helios.lora import Lora
@@ -153,6 +153,12 @@ def model_options(weights: Path, defaults: Some = Options()) -> Some:
     zero_star = index.is_cfg_zero_star and not index.is_distilled
     return replace(defaults, steps=(steps,) * stages, guidance=guidance, zero_star=zero_star,
                    warp_fill=index.warp_fill)
+
+
+def stage_steps(options: Options, schedule: Schedule, chunk: int) -> tuple[int, ...]:
+    """The steps of a chunk, counted from 0, one number a stage: so often `Rollout` tells of one."""
+    twice = schedule.sampler == "dmd" and options.amplify_first_chunk and chunk == 0
+    return tuple(steps * (2 if twice else 1) for steps in options.steps)
 
 
 # ------------------------------------------------------------------------------------------------------------- rollout

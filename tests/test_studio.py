@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -24,6 +25,7 @@ from helios.stream import load_streamed
 from helios.text import UMT5Encoder
 from sample import main as sample_main
 from studio import Studio
+from wah import stage_steps
 
 
 def pose(*move: float) -> torch.Tensor:
@@ -227,6 +229,15 @@ def test_each_film_has_the_same_camera(page_words, monkeypatch, shown, words):
         assert all(map(torch.equal, film(studio.begin().camera), expected))
         studio.preview()
     assert len(starts) == 1
+
+
+def test_the_bar_goes_evenly_to_the_end(page_words):
+    """In the first chunk too, where the few-step sampler takes twice the steps."""
+    studio, seen = Studio(view.parse([*page_words, "amplify_first_chunk=true", "steps=1,2,1"])), []
+    studio.changed.append(lambda: seen.append(studio.progress) if studio.progress else None)
+    studio.drive(lambda: pushed(studio.here, "forward", 1.0), chunks=2)
+    assert [*dict.fromkeys(seen)] == [step / 9 for step in range(1, 9)] + [step / 5 for step in range(1, 5)]
+    assert stage_steps(studio.settings, replace(studio.models.schedule, sampler="euler"), 0) == (1, 2, 1)
 
 
 def test_errors_are_said_and_the_studio_lives_on(studio):
