@@ -20,7 +20,7 @@ from torch import Tensor
 
 import job
 from files.draw import save_ply
-from files.machine import allow_tf32
+from files.machine import allow_tf32, use_device
 from files.media import to_frames
 from files.video import read_rate, write_video
 from geometry.camera import WINDOW, CameraPath
@@ -44,7 +44,8 @@ class Studio:
         self.size = job.choose_size(args)
         self.lora = job.choose_lora(args, self.settings)
         allow_tf32(self.settings.tf32)
-        self.worker = ThreadPoolExecutor(max_workers=1)
+        # each thread has a current card of its own
+        self.worker = ThreadPoolExecutor(max_workers=1, initializer=use_device, initargs=(self.settings.device,))
         self.folder = tempfile.TemporaryDirectory()  # of pictures that were sent
         self.changed: list[Callable[[], None]] = []
         self.stopping, self.stops = threading.Event(), 0

@@ -240,6 +240,15 @@ def test_the_bar_goes_evenly_to_the_end(page_words):
     assert stage_steps(studio.settings, replace(studio.models.schedule, sampler="euler"), 0) == (1, 2, 1)
 
 
+def test_the_worker_uses_the_device_that_is_named(page_words, monkeypatch):
+    """A thread's current card is its own."""
+    told = []
+    monkeypatch.setattr("studio.use_device", lambda device: told.append((device, threading.get_ident())))
+    studio = Studio(view.parse(page_words))
+    worker = studio.worker.submit(threading.get_ident).result()
+    assert told == [("cpu", worker)] and worker != threading.get_ident()
+
+
 def test_errors_are_said_and_the_studio_lives_on(studio):
     Path("bad.png").write_text("no picture")
     before = studio.picture.copy()
