@@ -85,6 +85,16 @@ def test_a_drive_goes_on_without_a_seam(studio):
     assert (steps - 1 / 33).abs().max() < 1e-5
 
 
+def test_a_drive_goes_on_where_a_film_ends(studio):
+    studio.keys.append(pose(1, 0, 1, 10, 0, 0))
+    studio.seconds.append(0.5)
+    studio.submit(studio.generate)
+    studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "forward", 1.0), chunks=1))
+    wait(studio)
+    assert len(studio.path) == 9 + 33 and not torch.equal(studio.path[8], torch.eye(4))
+    torch.testing.assert_close(studio.path[9], studio.path[8])
+
+
 def test_following_goes_where_one_looks_until_stopped(studio):
     seen = []
 
