@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -159,7 +160,7 @@ def show_pairs(rows: dict[str, dict[str, Pair]]) -> Show:
     """The videos of a name, side by side: all results, the warp, the truth."""
 
     def show(name: str) -> dict[str, np.ndarray]:
-        pairs = {label: row[name] for label, row in rows.items() if name in row}
+        pairs = {label: replace(row[name]) for label, row in rows.items() if name in row}
         one = next(iter(pairs.values()))
         shown = {label: pair.frames for label, pair in pairs.items()}
         if one.warp is not None:

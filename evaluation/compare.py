@@ -5,7 +5,7 @@ is its warp. A file, or a folder of frames, is one video, whose name does not co
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -148,7 +148,7 @@ class Pair:
 
     def numbers(self, perceptual: Perceptual | None, pi3x: Callable[[], Pi3X] | None) -> dict[str, float]:
         """All that can be measured: beside the truth, of the camera if there is a Pi3X, and of the result alone."""
-        found = {}
+        self, found = replace(self), {}  # what a copy has read goes with it: all pairs together would fill the memory
         if self.true_frames is not None:
             found |= measure(self.frames, self.true_frames, self.visible, perceptual)
         if pi3x is not None and len(self.frames) > STRIDE and (self.poses or self.true_frames is not None):

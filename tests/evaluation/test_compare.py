@@ -95,6 +95,16 @@ def test_folders_by_name(folders, capsys):
     assert "cameras not measured" in table and "R-Err" not in table.replace("R-Err,", "")
 
 
+def test_pairs_keep_no_frames(folders):
+    """All videos of a data set together would not fit in memory."""
+    words = ["--truth", str(folders / "truth"), "--masks", str(folders / "masks")]
+    rows = evaluate.pair_up(evaluate.parse([str(folders / "ours"), *words]), compare.Protocol())
+    pair, show = rows["ours"]["b"], evaluate.show_pairs(rows)
+    assert pair.numbers(None, None).keys() > {"psnr", "psnr visible"}
+    assert [*show("b")] == ["ours", "warp", "truth"]
+    assert not any(isinstance(value, np.ndarray) for value in vars(pair).values())
+
+
 def test_first_frames_and_size(folders):
     found = []
     for words in ((), ("--frames", "5"), ("--size", "16x24"), ("--stretch",)):
