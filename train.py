@@ -416,10 +416,14 @@ def train_in(run: Run, args: argparse.Namespace, job: Job, load: Loader) -> None
     else:
         run.begin(about, machine)
     began = trainer.steps
-    text_of = lru_cache(1)(lambda prompt: transformer.text(embeddings[prompt]))  # 0.4 GB in the released model
+
+    def embedding(prompt: str) -> Tensor:
+        return embeddings[prompt].to(args.device)
+
+    text_of = lru_cache(1)(lambda prompt: transformer.text(embedding(prompt)))  # 0.4 GB in the released model
 
     def draw(path: Path) -> None:
-        prompts = Prompts(*(embeddings[each] for each in (job.sources[0].prompt, clips[0].prompt, NEGATIVE_PROMPT)))
+        prompts = Prompts(*map(embedding, (job.sources[0].prompt, clips[0].prompt, NEGATIVE_PROMPT)))
         draw_sample(models, prompts, trainer, clips[0], job, args.weights, path)
 
     fit(trainer, run, clips, conditions, text_of, draw)

@@ -137,11 +137,12 @@ def add_trigger(prompt: str) -> str:
 
 def embed_prompts(weights: Path, prompts: Iterable[str], device: torch.device | str,
                   memory: str = "full", load_network: Loader = load_network) -> dict[str, Tensor]:
-    """Load the text encoder, embed every prompt, and let it go again, before anything else needs the memory."""
+    """Load the text encoder, embed every prompt, and let it go again, before anything else needs the memory. The
+    embeddings are on the CPU: those of a long list would fill a GPU."""
     tokenizer = Tokenizer(weights / "tokenizer")
     encoder = load_network(UMT5Encoder, weights / "text_encoder", device, memory)
     rows = read_index(weights).max_sequence_length
-    embedded = {prompt: encode_prompt(tokenizer, encoder, prompt, rows) for prompt in prompts}
+    embedded = {prompt: encode_prompt(tokenizer, encoder, prompt, rows).cpu() for prompt in prompts}
     for prompt, embedding in embedded.items():
         if not embedding.isfinite().all():
             raise ValueError(f"{weights / 'text_encoder'}: the embedding of {prompt[:60]!r} is not finite; are the"
@@ -157,9 +158,10 @@ def encode_prompts(weights: Path, prompt: str, lora: bool, guided: bool, device:
 
 def encode_each(weights: Path, prompts: list[str], lora: bool, guided: bool, device: torch.device | str,
                 memory: str = "full", embed: Callable[..., dict[str, Tensor]] = embed_prompts) -> list[Prompts]:
-    """The same for several prompts, with the text encoder read once."""
+    """The same for several prompts, with the text encoder read once. `embed` is `embed_prompts`, or what keeps them."""
     wanted = {*prompts, *(map(add_trigger, prompts) if lora else ()), *([NEGATIVE_PROMPT] if guided else ())}
-    embedded = embed(weights, wanted, device, memory)
+    found = embed(weights, wanted, device, memory)
+    embedded = {prompt: found[prompt].to(device) for prompt in wanted}
     return [Prompts(embedded[prompt], embedded[add_trigger(prompt)] if lora else None,
                     embedded[NEGATIVE_PROMPT] if guided else None) for prompt in prompts]
 

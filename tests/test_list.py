@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from goldens import DISTILLED
 from PIL import Image
+from pretend import Card
 from safetensors.torch import load_file
 
 import sample
+from helios.load import encode_each
 from wah import Rollout
 
 LIST = """image,move,prompt,seed,out,steps,latents
@@ -123,6 +126,16 @@ def test_only_what_a_list_needs_is_embedded(place, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             run("--list", "jobs.csv")
     assert {"a", "b"} < seen[0] and len(seen[0]) == 4 and seen[1] - seen[0] == {sample.NEGATIVE_PROMPT}
+
+
+def test_prompts_wait_on_the_host(monkeypatch):
+    """Those of a thousand rows would fill a card: a video has its own there, and no others."""
+    monkeypatch.setattr("helios.load.encode_prompt", lambda *_: torch.empty(1, 512, 8, device="meta"))
+    networks = sample.Networks(lambda *_: None, map(str, range(20)))
+    with Card() as card:
+        (mine,) = encode_each(DISTILLED, ["3"], True, False, "meta", "full", networks.embed)
+    assert mine.plain.is_meta and mine.trigger.is_meta and len(networks.embedded) == 40
+    assert card.peak == mine.plain.nbytes + mine.trigger.nbytes
 
 
 def test_rows_do_not_share_a_file(place, capsys):

@@ -174,7 +174,7 @@ def stand_in_for_training(monkeypatch) -> None:
         return [clip]
 
     monkeypatch.setattr("train.load_clips", load_clips)
-    monkeypatch.setattr("train.embed_prompts", lambda weights, prompts, *_: {each: None for each in prompts})
+    monkeypatch.setattr("train.embed_prompts", lambda weights, prompts, *_: dict.fromkeys(prompts, torch.zeros(1)))
     monkeypatch.setattr("train.load_models", lambda *_: models)
     monkeypatch.setattr("train.Trainer", Steps)
     monkeypatch.setattr("train.Conditions", lambda *_: lambda index, case: Some(target=None))
