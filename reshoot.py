@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files.media import from_frames, read_frames, resize_frame
+from files.media import read_frames, resize_frame
 from files.video import read_rate
 from geometry.camera import WINDOW, CameraPath, hold, inverse, normalize, product, scale_translation
 from geometry.pi3x import Pi3X
+from geometry.scene import see
 from geometry.surface import (
     PIXEL_LIMIT,
     Geometry,
     ensure_valid,
     estimate,
     geometry_size,
-    median_depth,
     stretch,
     with_lens,
     zoomed,
@@ -103,14 +103,10 @@ def estimate_frames(network: Pi3X, images: Sequence[Tensor], together: bool, lim
 
 
 def filmed_path(network: Pi3X, clip: Path, limit: int | None = None) -> tuple[CameraPath, float]:
-    """The path of a clip's camera, all frames seen together, in tenths of the first frame's median depth; and the mean
-    confidence, 0 to 1."""
+    """The path of a clip's camera (`Seen.path`), and the mean confidence, 0 to 1."""
     frames = [resize_frame(frame, geometry_size(frame.shape[0], frame.shape[1], limit or PIXEL_LIMIT))
               for frame in read_frames(clip)]  # small at once: those of a large clip would not fit in memory
     if len(frames) < 2:
         raise ValueError(f"{clip}: 1 frame, expected at least 2 of a clip whose camera is a path")
-    geometries = estimate(network, from_frames(np.stack(frames)).unbind(2), limit)
-    c2w = normalize(torch.stack([geometry.c2w for geometry in geometries]), len(frames))
-    sure = torch.stack([geometry.confidence.mean() for geometry in geometries]).mean().item()
-    unit = 0.1 * median_depth(ensure_valid(geometries[0]))
-    return CameraPath(scale_translation(c2w, 1 / unit), read_rate(clip)), sure
+    seen = see(network, np.stack(frames), limit)
+    return CameraPath(seen.path(), read_rate(clip)), seen.sure

@@ -33,7 +33,7 @@ from files.draw import save_png
 from files.folder import STATE
 from files.machine import allow_tf32, describe_machine, network_dtype, out_of_memory, peak_memory
 from files.measure import steadiness
-from files.media import from_frames, read_frames, to_frames, to_u8
+from files.media import read_frames, to_frames, to_u8
 from files.output import Output, parts_folder
 from files.settings import read_part, setting_names
 from files.table import check_row, read_table
@@ -42,8 +42,7 @@ from files.writing import beside, check_apart, check_outputs, fingerprint, repla
 from geometry.camera import WINDOW, CameraPath, path_error
 from geometry.paths import path_json
 from geometry.pi3x import Pi3X, find_pi3x
-from geometry.scene import describe_visible
-from geometry.surface import estimate
+from geometry.scene import describe_visible, see
 from helios.flow import Schedule
 from helios.load import (
     MEMORY,
@@ -141,12 +140,11 @@ class Progress:
             self.bar.close()
 
 
-def check_camera(pi3x: Pi3X, video: Path, path: CameraPath) -> dict:
+def check_camera(pi3x: Pi3X, video: Path, path: CameraPath, limit: int | None) -> dict:
     """The camera of every fourth frame, as Pi3X sees it, against the path that was asked for (`camera.path_error`)."""
     frames = np.stack([*islice(read_frames(video), 0, None, CHECK_STRIDE)])
-    estimated = torch.stack([geometry.c2w for geometry in estimate(pi3x, from_frames(frames).unbind(2))])
     wanted = path.c2w[(torch.arange(len(frames)) * CHECK_STRIDE).clamp(max=len(path.c2w) - 1)]
-    return path_error(estimated, wanted)
+    return path_error(see(pi3x, frames, limit).c2w, wanted)
 
 
 def measure(job: Job, video: Path, compares: bool) -> dict[str, float]:
@@ -154,7 +152,7 @@ def measure(job: Job, video: Path, compares: bool) -> dict[str, float]:
     from the path."""
     found = steadiness(read_frames(video))
     if compares and job.pi3x is not None and job.path is not None and job.frames > CHECK_STRIDE:
-        found |= check_camera(job.pi3x(), video, job.path)
+        found |= check_camera(job.pi3x(), video, job.path, job.settings.geometry_pixels)
     return found
 
 

@@ -11,18 +11,17 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from evaluation.navigation import navigation
 from evaluation.quality import Perceptual, measure, steady
 from files.cli import note
-from files.media import fit_image, from_frames, is_picture, natural_order, read_frames, read_mask, to_frames
+from files.media import fit_image, is_picture, natural_order, read_frames, read_mask, to_frames
 from geometry.camera import normalize, path_error
 from geometry.paths import load_path
 from geometry.pi3x import Pi3X
-from geometry.surface import estimate
+from geometry.scene import see
 
 STRIDE = 4  # cameras are those of every fourth frame, as in the paper
 VIDEOS = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".npy"}
@@ -99,8 +98,7 @@ def read_visible(path: Path, protocol: Protocol, size: tuple[int, int]) -> np.nd
 
 def cameras(pi3x: Pi3X, frames: np.ndarray) -> Tensor:
     """Camera-to-world [T / 4, 4, 4] of every fourth frame, seen together."""
-    geometries = estimate(pi3x, from_frames(frames[::STRIDE]).unbind(2))
-    return torch.stack([geometry.c2w for geometry in geometries])
+    return see(pi3x, frames[::STRIDE]).c2w
 
 
 def camera_numbers(found: Tensor, wanted: Tensor) -> dict[str, float]:

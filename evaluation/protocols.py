@@ -14,19 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from evaluation.compare import STRIDE, cameras
 from evaluation.navigation import read_keys, wanted_path
 from files.cli import note
-from files.media import from_frames, is_picture, natural_order
+from files.media import is_picture, natural_order
 from files.table import read_table
 from files.writing import fingerprint, replacing
 from geometry.camera import DEPTH, WINDOW, normalize, path_error
 from geometry.paths import load_path
 from geometry.pi3x import Pi3X
-from geometry.surface import estimate, median_depth
+from geometry.scene import see
 
 TURN = {"step": 2.0, "degrees": 30.0, "radius": float(DEPTH)}  # what a turn of WBench goes, in tenths of the depth
 
@@ -126,22 +125,13 @@ def write_poses(file: Path, c2w: Tensor) -> None:
         files["poses"].write_text(json.dumps({"c2w": rows}) + "\n", encoding="utf-8")
 
 
-def seen_path(pi3x: Pi3X, frames: np.ndarray) -> Tensor:
-    """The camera of frames [T, H, W, 3], all of them seen together, in tenths of the first one's median depth."""
-    geometries = estimate(pi3x, from_frames(frames).unbind(2))
-    c2w = normalize(torch.stack([geometry.c2w for geometry in geometries]), len(frames))
-    c2w[:, :3, 3] *= DEPTH / median_depth(geometries[0])
-    return c2w
-
-
 def known_unit(pi3x: Pi3X, frames: np.ndarray, poses: Path) -> str:
     """The unit of a path in the first frame's median depth: what makes it fit the way that Pi3X sees."""
     found, wanted = cameras(pi3x, frames), normalize(load_path(poses).c2w, len(frames))[::STRIDE]
     scale = path_error(found, wanted)["scale"]
     if scale <= 0:
         raise ValueError(f"{poses}: Pi3X sees no such way in its video, so its unit can't be known")
-    (first,) = estimate(pi3x, from_frames(frames[:1]).unbind(2))
-    return f"{1 / scale / median_depth(first):.6g}depth"
+    return f"{1 / scale / see(pi3x, frames[:1]).depth:.6g}depth"
 
 
 def check_path(case: Case, given: Path | None, pi3x: Callable[[], Pi3X] | None) -> None:
@@ -177,5 +167,5 @@ def find_path(case: Case, given: Path | None, folder: Path, pi3x: Callable[[], P
         return case.poses, [] if pi3x is None else [f"unit={known_unit(pi3x(), frames(), case.poses)}"]
     assert pi3x is not None  # `check_path`
     if not file.is_file():
-        write_poses(file, seen_path(pi3x(), frames()))
+        write_poses(file, see(pi3x(), frames()).path())
     return file, []

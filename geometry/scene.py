@@ -1,10 +1,10 @@
-"""A picture and a path brought together: the path from files or words, the picture's lens, and the path's unit.
+"""A picture and a path brought together: the path from files, words or a clip, the picture's lens, the path's unit.
 
 What the user says counts before what the path's file says, and that before what the depth's file says.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from files.arrays import Arrays
 from files.depth import load_depth
-from geometry.camera import CameraPath, moves, resolve_lens, square_lens, unit_length
+from files.media import from_frames
+from geometry.camera import CameraPath, moves, normalize, resolve_lens, scale_translation, square_lens, unit_length
 from geometry.from_text import KEYS
 from geometry.paths import load_path
+from geometry.pi3x import Pi3X
 from geometry.recording import pinhole_of
-from geometry.surface import PIXEL_LIMIT, Geometry, crop_lens, median_depth, place
+from geometry.surface import PIXEL_LIMIT, Geometry, crop_lens, ensure_valid, estimate, median_depth, place
 
 
 def read_path(poses: Path | None, words: str | None) -> CameraPath:
@@ -30,6 +32,27 @@ def read_path(poses: Path | None, words: str | None) -> CameraPath:
         raise ValueError(f"--move {words!r}: keys of {dialect!r}, expected moves as in 'forward 1', or keys of"
                          f" {' or '.join(KEYS)}")
     return load_path(str(words)) if colon else moves(str(words))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The camera of a clip as Pi3X sees it."""
+
+    c2w: Tensor  # [T, 4, 4] in the network's world and unit
+    depth: float  # median of the first frame
+    sure: float  # mean confidence, 0 to 1
+
+    def path(self) -> Tensor:
+        """From the first frame on, in tenths of its median depth."""
+        return scale_translation(normalize(self.c2w, len(self.c2w)), 1 / unit_length("depth", self.depth))
+
+
+def see(network: Pi3X, frames: np.ndarray, limit: int | None = None) -> Seen:
+    """The camera of frames [T,H,W,3] uint8, all of them seen together; `limit` as for `estimate`."""
+    geometries = estimate(network, from_frames(frames).unbind(2), limit)
+    sure = torch.stack([geometry.confidence.mean() for geometry in geometries]).mean().item()
+    c2w = torch.stack([geometry.c2w for geometry in geometries])
+    return Seen(c2w, median_depth(ensure_valid(geometries[0])), sure)
 
 
 def known_lens(picture: Image, path: CameraPath, size: tuple[int, int],

@@ -20,6 +20,7 @@ from told import small_pi3x
 from files.cli import note
 from files.output import Output
 from files.video import read_rate, write_video
+from geometry import scene
 from geometry.pi3x import load_pi3x
 from helios.load import load_models
 from job import start_video
@@ -144,6 +145,15 @@ def test_the_check_of_a_short_video_has_no_camera(place):
     assert sample(*words) == 0
     measured = json.loads((place / "out_check.json").read_text())
     assert measured["sharpness"] > 0 and "rotation_degrees" not in measured
+
+
+def test_the_check_is_as_small_as_the_run(place, monkeypatch):
+    limits = []
+    monkeypatch.setattr(scene, "estimate", lambda network, images, limit: limits.append(limit) or 1 / 0)
+    words = ["--image", "image.png", *PI3X, "--move", "forward 1", "--frames", "5", "--set", "check=true", "steps=1,1,1"]
+    with pytest.raises(ZeroDivisionError):
+        sample(*words, "geometry_pixels=2000")
+    assert limits == [2000]
 
 
 def test_a_network_that_cannot_compare_frames_checks_no_camera(place):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,16 @@ from known import load_video
 from PIL import Image
 
 import evaluate
-from evaluation import compare, make
-from evaluation.protocols import known_unit, read_cases
+from evaluation import compare, make, protocols
+from evaluation.protocols import find_path, known_unit, read_cases
 from files.cli import note
 from files.video import write_video
-from geometry.camera import DEPTH, WINDOW, inverse, move_path
+from geometry import scene
+from geometry.camera import DEPTH, WINDOW, inverse, move_path, normalize
+from geometry.paths import load_path
+from geometry.scene import Seen
+from geometry.surface import place
+from reshoot import filmed_path
 
 PATH = move_path("forward 1 + yaw 4")
 
@@ -156,6 +162,24 @@ def test_a_camera_that_is_not_known(davis, capsys):
     assert "cat: its camera is not known" in capsys.readouterr().err and not (davis / "table").exists()
 
 
+def test_a_camera_that_pi3x_sees(davis, monkeypatch):
+    """The path is the one that sample.py has of the same video, in tenths of the first frame's median depth; where
+    nothing is sure enough to be valid, in those of what is surest, which is here the most distant."""
+    frames = pictures(1, 4)
+    depth = torch.linspace(1, 3, 72)[:, None].expand(72, 128)
+    _, geometry = place(Image.fromarray(frames[0]), depth, 60.0, (72, 128), limit=5000)
+    geometry = replace(geometry, valid=geometry.valid & False, confidence=geometry.depth / 100)
+    seen = [replace(geometry, c2w=pose) for pose in PATH[5:9]]
+    monkeypatch.setattr(scene, "estimate", lambda *given: seen)
+    np.save(davis / "cat.npy", frames)
+    (case,) = read_cases("davis33", davis / "DAVIS", ["cat"])
+    file, _ = find_path(case, None, davis, lambda: None, lambda: frames)
+    found, wanted = load_path(file).c2w, normalize(PATH[5:9], 4)
+    wanted[:, :3, 3] *= 10 / 2.95
+    assert torch.allclose(found, filmed_path(None, davis / "cat.npy")[0].c2w, atol=1e-5)
+    assert torch.allclose(found, wanted, rtol=0.01, atol=1e-5)
+
+
 @pytest.fixture
 def realestate(tmp_path):
     folder = tmp_path / "re10k"
@@ -179,19 +203,11 @@ def test_realestate(realestate):
 
 def test_the_scale_of_realestate(realestate, monkeypatch):
     """Pi3X sees the way 3 times as long, at a median depth of 6: a unit of the file is half a depth."""
-    from evaluation import protocols
-
     far = PATH.clone()
     far[:, :3, 3] *= 3
     monkeypatch.setattr(protocols, "cameras", lambda pi3x, frames: far[::4])
-    monkeypatch.setattr(protocols, "estimate", lambda pi3x, images: [None])
-    monkeypatch.setattr(protocols, "median_depth", lambda geometry: 6.0)
-
-    class Network:
-        class image_mean:
-            device = "cpu"
-
-    assert known_unit(Network, pictures(0, 33), realestate / "re10k" / "abc123.txt") == "0.5depth"
+    monkeypatch.setattr(protocols, "see", lambda pi3x, frames: Seen(far, 6.0, 1.0))
+    assert known_unit(None, pictures(0, 33), realestate / "re10k" / "abc123.txt") == "0.5depth"
 
 
 @pytest.fixture
@@ -211,9 +227,6 @@ def wbench(tmp_path):
 def test_wbench(wbench, monkeypatch):
     """A chunk a turn, up to the first turn that is none of navigation; the score of a camera that obeys is near 1: of its
     17 poses, every fourth, one turn lies between frames 0 and 28, the other between 32 and 60."""
-    from evaluation import compare
-    from geometry.paths import load_path
-
     def obey(pi3x, frames):
         return load_path(wbench / "table" / "paths" / "case_1.json").c2w[:: compare.STRIDE]
 
