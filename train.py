@@ -400,6 +400,8 @@ def train_in(run: Run, args: argparse.Namespace, job: Job, load: Loader) -> None
     recipe, known = job.recipe, list(zip(args.poses, args.depth))
     clips = load_clips(job.sources, known, find_pi3x(args.geometry, args.weights), args.geometry is not None, job.size,
                        recipe.geometry_pixels, run.place, args.device)
+    about, machine = describe_run(args, job, clips), describe_machine(args.device)
+    saved = run.resume(about, machine) if args.resume else None  # or refused before any large network is read
     wanted = {clip.prompt for clip in clips} | {add_trigger("")}
     if recipe.sample_every:
         wanted |= {job.sources[0].prompt, NEGATIVE_PROMPT}
@@ -410,11 +412,10 @@ def train_in(run: Run, args: argparse.Namespace, job: Job, load: Loader) -> None
         led, models = transformer, replace(models, transformer=transformer.network)
     trainer = Trainer(models.transformer, models.schedule, recipe, led)
     conditions = Conditions(cast(VAE, models.vae), clips, job.size, recipe, recipe.cache, args.device)
-    about, machine = describe_run(args, job, clips), describe_machine(args.device)
-    if args.resume:
-        trainer.restore(*run.resume(about, machine))
-    else:
+    if saved is None:
         run.begin(about, machine)
+    else:
+        trainer.restore(*saved)
     began = trainer.steps
 
     def embedding(prompt: str) -> Tensor:

@@ -291,9 +291,13 @@ def test_an_existing_run_is_kept(capsys, place):
     assert len(metrics("run")) == 1
 
 
-def test_resume_of_another_run(capsys, place):
-    """Another recipe, prompt, video or base is refused by name; so is a broken state."""
-    assert train_on("clip.npy", "--out", "run") == 0
+def test_resume_of_another_run(capsys, place, monkeypatch):
+    """Another recipe, prompt, video or base is refused by name before networks are read; so is a broken state."""
+    assert train_on("clip.npy", "--out", "run", "--set", "steps=1") == 0
+    shutil.copytree(DISTILLED, "renamed")
+    assert train_on("clip.npy", "--out", "run", "--resume", weights="renamed") == 0  # the same content
+    for name in ("embed_prompts", "load_models"):
+        monkeypatch.setattr(train, name, None)
     refused(capsys, "clip.npy", ["--resume", "--set", "steps=3", "lr=0.5"], "lr was 0.0001, now it is 0.5")
     refused(capsys, "clip.npy", ["--resume", "--prompt", "a tree"], "clips", "a tree")
     np.save("clip.npy", INPUTS["warp"][1:37])
@@ -307,9 +311,6 @@ def test_resume_of_another_run(capsys, place):
     refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], "state.safetensors", "changed since it was written")
     Path("run/state.safetensors").write_bytes(whole[:-50])
     refused(capsys, "clip.npy", ["--resume", "--set", "steps=3"], "state.safetensors", "not a complete")
-    Path("run/state.safetensors").write_bytes(whole)
-    shutil.copytree(DISTILLED, "renamed")
-    assert train_on("clip.npy", "--out", "run", "--resume", "--set", "steps=3", weights="renamed") == 0  # the same content
 
 
 def test_resume_needs_the_same_weights(capsys, place):
