@@ -23,8 +23,10 @@ from geometry.camera import CameraPath, move_path, normalize, product
 from geometry.paths import load_path, path_json
 from geometry.pi3x import load_pi3x
 from geometry.surface import Geometry, estimate, place
+from job import load_settings, prepare
 from memory import Camera
 from reshoot import Reshoot, estimate_frames, filmed_path
+from sample import parse
 from studio import Studio
 
 WEIGHTS = GEOMETRY / "pi3x_weights.safetensors"
@@ -234,6 +236,15 @@ def test_ways_to_shoot_a_clip_again(place_of, capsys):
         assert where in capsys.readouterr().out
     assert sample("--video", "standing.npy", *words[2:]) == 0
     assert "plane at depth 1" in capsys.readouterr().out
+
+
+def test_the_check_follows_the_clips_camera(place_of):
+    """A path is relative to it, so the result's camera goes both ways."""
+    words = ["--weights", str(DISTILLED), "--size", "x".join(map(str, SIZE)), *AGAIN, "poses_of_clip=camera.json"]
+    args = parse([*words, "device=cpu"])
+    job = prepare(args, load_settings(args))
+    clip, path = move_path("right 2", 40)[:, :3, 3], move_path("right 1, up 1")[:40, :3, 3]
+    assert torch.allclose(job.path.c2w[:, :3, 3], clip / job.start.camera.unit + path, atol=1e-5)
 
 
 def test_a_video_alone_is_continued(place_of):

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 import weakref
 from pathlib import Path
@@ -185,6 +186,17 @@ def test_keyframes_are_the_weights_own(place, monkeypatch):
     save_file(small_pi3x().state_dict(), "told.safetensors")
     told = ["geometry=told.safetensors", "known_poses=true", "keyframe_choice=latest"]
     assert sample(*LED, "--set", *told, weights=weights) == 2 and seen[-1] == (3, ("poses",), True, "latest")
+
+
+def test_pi3x_is_told_the_lens(place, monkeypatch):
+    lenses = []
+    monkeypatch.setattr("job.Memory", lambda *_, K, **options: lenses.append(K) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(*LED, *PI3X, "fov=40")
+    height, width = SIZE
+    focal = width / 2 / math.tan(math.radians(20))
+    expected = torch.tensor([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1]])
+    assert torch.allclose(lenses[0], expected)
 
 
 @pytest.mark.parametrize("free, kept", [(2**60, True), (0, False)])
