@@ -179,10 +179,16 @@ class Team:
         """Let the others go; if they are lost, or at something else, the reason is said elsewhere."""
         if self.reason is None:
             self.call("end", {})
-            dist.destroy_process_group()
         else:
             self.first()
             self.store.set("ended", "")
+        self.leave(self.reason is not None)
+
+    def leave(self, failed: bool) -> None:
+        """gloo's threads must end before the process, which they abort now and then else (pytorch issue 190489). NCCL
+        could wait for ever after a failure: there the end of the process ends all."""
+        if self.group is None or not failed:
+            dist.destroy_process_group()
 
     # ---- what all ranks do
 
@@ -320,10 +326,11 @@ def lead(transformer: type[Network], split: str, device: str) -> Iterator[Loader
 def follow(transformer: type[Network]) -> None:
     """The other ranks' part, until rank 0 ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
-    team = Team(transformer)
+    team, failed = Team(transformer), True
     try:
         while team.obey():
             pass
+        failed = False
     except ConnectionError:
         raise
     except Exception:
@@ -332,4 +339,5 @@ def follow(transformer: type[Network]) -> None:
         if team.first():
             raise
         raise SystemExit(2) from None
-    dist.destroy_process_group()
+    finally:
+        team.leave(failed)
