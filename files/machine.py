@@ -149,7 +149,7 @@ def multiplies_float8(device: torch.device | str) -> bool:
     """Ada, Hopper and later cards do, row by row. Not every torch lets them (none on Windows), so it is tried."""
     if torch.device(device).type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9):
         return False
-    ones = torch.ones(16, 16, device=device)
+    ones = torch.ones(128, 128, device=device)
     x, scale = ones.to(torch.float8_e4m3fn), ones[:, :1].contiguous()
     try:
         torch._scaled_mm(x, x.T, scale, scale.T, out_dtype=torch.bfloat16)  # pyright: ignore[reportPrivateImportUsage]
