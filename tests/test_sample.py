@@ -18,13 +18,14 @@ from safetensors.torch import load_file, save_file
 from sampling import LED, PI3X, WEIGHTS, read, sample
 from told import small_pi3x
 
+import job
+from files.checkpoint import count_numbers, weight_files
 from files.cli import note
 from files.output import Output
 from files.video import read_rate, write_video
 from geometry import scene
 from geometry.pi3x import load_pi3x
 from helios.load import load_models
-from job import start_video
 from mini.world import STILLS, caption, make_scene
 from render import Warp
 from sample import DEMO, parse, pictures
@@ -87,7 +88,7 @@ def test_a_video_to_continue_is_resized_as_it_is_read(monkeypatch):
             assert sum(each() is not None for each in alive) <= 1
 
     monkeypatch.setattr("job.read_frames", read_frames)
-    video = start_video(Path("v.mp4"), SIZE).video
+    video = job.start_video(Path("v.mp4"), SIZE).video
     assert video.shape == (1, 3, 40, *SIZE) and video.dtype == torch.uint8 and len(alive) == 40
     assert (video[0, 0, :, 0, 0] == torch.arange(40)).all()
 
@@ -229,6 +230,17 @@ def test_pi3x_makes_room_for_the_transformer(place, monkeypatch, free, kept):
         assert len(loaded) == estimates
     assert alive == [False] * 2 + [kept] * 4
     assert made[0].shape[2] == 10 and torch.equal(made[0], made[1][:, :, :10])
+
+
+@pytest.mark.parametrize("memory, width, kept", [("full", 4, True), ("fp8", 1, True), ("stream", 4, False)])
+def test_pi3x_knows_how_the_transformer_is_held(place, monkeypatch, memory, width, kept):
+    """In bytes a number; streamed weights are read in every call anyway, and leave no room to count on."""
+    found = []
+    monkeypatch.setattr(job, "pi3x_source", lambda file, device, beside, often, given: found.append((beside, often)))
+    words = ["--weights", str(DISTILLED), "--image", "image.png", "--move", "hold", "--memory", memory, *PI3X, "device=cpu"]
+    args = parse(words)
+    job.open_pi3x(args, job.load_settings(args), 34)
+    assert found == [(width * count_numbers(weight_files(DISTILLED / "transformer")), kept)]
 
 
 def test_meters_and_resampling(place, capsys):
