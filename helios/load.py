@@ -112,9 +112,10 @@ def halve(transformer: type[Network], weights: Path, out: Path) -> None:
     if out.exists():
         raise ValueError(f"{out}: exists already, expected a new name")
     kinds = {"transformer": transformer, "text_encoder": UMT5Encoder}
-    with TemporaryDirectory(dir=out.parent) as made:
+    with TemporaryDirectory(dir=out.parent) as folder:
+        whole = Path(folder, out.name)
         for file in [*files_read(weights), *weights.glob("*/*.index*.json")]:
-            copy = Path(made, out.name) / file.relative_to(weights)
+            copy = whole / file.relative_to(weights)
             copy.parent.mkdir(parents=True, exist_ok=True)
             network = kinds.get(file.parent.name)
             if network is None or file.suffix != ".safetensors":
@@ -123,7 +124,7 @@ def halve(transformer: type[Network], weights: Path, out: Path) -> None:
             with open_safetensors(file) as shard:
                 save_file({key: take(shard.get_tensor(key), network, key, "cpu", torch.bfloat16)
                            for key in shard.keys()}, copy, {"format": "pt"})
-        Path(made, out.name).rename(out)
+        whole.rename(out)
 
 
 # ------------------------------------------------------------------------------------------------------------- prompts
