@@ -450,7 +450,10 @@ def run(args: argparse.Namespace) -> None:
     own = args.weights / "lora.safetensors"
     if args.lora is None:
         args.lora = [own] if own.is_file() else []
-    TASKS[asked[0]][0](args)
+    try:
+        TASKS[asked[0]][0](args)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("" if asked == ["results"] else "before the table; the same words go on") from None
 
 
 def main(words: list[str] | None = None) -> int:

@@ -75,6 +75,19 @@ def test_bad_words_leave_nothing(more, message, capsys, tmp_path):
     assert message in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
+@pytest.mark.parametrize("words, said", [(["--mini"], "stopped, before the table; the same words go on"),
+                                         (["--few-shot", "0", "1"], "the same words go on"), (["x"], "nothing written")])
+def test_stopped(words, said, monkeypatch, capsys, tmp_path):
+    """What was made stays, where the program makes anything."""
+    def stop(args):
+        raise KeyboardInterrupt
+
+    for task, (_, options) in list(evaluate.TASKS.items()):
+        monkeypatch.setitem(evaluate.TASKS, task, (stop, options))
+    assert evaluate.main([*words, "--out", str(tmp_path / "x.md")]) == 130
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("counts", [["1"], ["0", "99"], ["-1", "1"]])
 def test_numbers_of_clips(counts, capsys, tmp_path):
     assert evaluate.main(["--few-shot", *counts, "--out", str(tmp_path / "x.md")]) == 2
