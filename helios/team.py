@@ -324,7 +324,7 @@ def lead(transformer: type[Network], split: str, device: str) -> Iterator[Loader
 
 
 def follow(transformer: type[Network]) -> None:
-    """The other ranks' part, until rank 0 ends it."""
+    """The other ranks' part, until rank 0 ends it, and with it the process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides
     team, failed = Team(transformer), True
     try:
@@ -341,3 +341,4 @@ def follow(transformer: type[Network]) -> None:
         raise SystemExit(2) from None
     finally:
         team.leave(failed)
+    os._exit(0)  # past the interpreter's end, which a thread of gloo's may still need: then it aborts (pytorch 179291)
