@@ -42,7 +42,7 @@ from geometry.pi3x import Pi3X, find_pi3x, load_pi3x
 from helios.index import check_weights, read_index
 from helios.load import MEMORY, ROOT, files_read
 from helios.taehv import find_taehv
-from job import Settings
+from job import Settings, load_settings
 from mini.fewshot import MOST, describe_loras, train_loras
 from mini.judge import ESTIMATED, Trial, held_out, judge
 from wah import model_options
@@ -236,11 +236,10 @@ def open_maker(args: argparse.Namespace, cases: list[Case], given: dict[str, Pat
     for word in args.set:
         if (name := word.partition("=")[0]) in ("device", "seed"):
             raise ValueError(f"--set {word}: expected --{name} {word.partition('=')[2]}")
-        if name in ("latents", "check"):
+        if name in ("latents", "check", "warp_fill"):
             raise ValueError(f"--set {word}: does nothing with --protocol, expected it with sample.py")
-    every = ways(args.lora)
-    rows = every if args.ablation else {name: way for name, way in every.items()
-                                        if name.startswith(f"full, {model_options(args.weights).warp_fill}")}
+    every, fill = ways(args.lora), load_settings(argparse.Namespace(**vars(args), video=None)).warp_fill
+    rows = every if args.ablation else {name: way for name, way in every.items() if name.startswith(f"full, {fill}")}
     words = ["--weights", str(args.weights), "--seed", str(args.seed), "--memory", args.memory,
              *([] if args.size is None else ["--size", args.size])]
     maker = Maker(args.out.with_suffix(""), (*words,), (*args.set, f"device={args.device}"), rows,

@@ -26,12 +26,13 @@ from files.media import (
     load_image,
     read_frames,
     read_mask,
+    read_rate,
     resize_frame,
     tell_clip,
     tell_shape,
 )
 from files.settings import parse_settings, read_part, require
-from files.video import is_film, read_rate
+from files.video import is_film
 from geometry.camera import WINDOW, CameraPath, describe, hold, resolve_lens, retime
 from geometry.pi3x import Pi3X, find_pi3x, load_pi3x, pi3x_source
 from geometry.scene import choose_unit, given_scene, known_lens, read_path

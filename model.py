@@ -160,7 +160,7 @@ class Linear(nn.Linear):
 
     adapter: tuple[Tensor, Tensor, float] | None = None  # A [r, in], B [out, r], alpha / r
     scale: Tensor | None  # [out] of a weight in float8 (`checkpoint.quantize`)
-    in_float8 = False  # whether the card multiplies float8: then x is rounded too, row by row, unless it is trained
+    in_float8 = False  # whether the card multiplies float8: then x is rounded too, row by row, but not in training
 
     def __init__(self, into: int, out: int):
         super().__init__(into, out)
@@ -169,7 +169,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.scale is None:
             y = super().forward(x)
-        elif self.in_float8 and not (x.requires_grad and torch.is_grad_enabled()):
+        elif self.in_float8 and not self.training:
             y = self.multiply(x, self.scale)
         else:
             y = F.linear(x, self.weight.to(x.dtype)) * self.scale + self.bias
@@ -468,6 +468,8 @@ class Helios(Network):
             expected = list(layers[name].weight.shape) if name in layers else None
             if expected and ([len(up), down.shape[1]] != expected or up.shape[1] != len(down)):
                 problems.append(f"{name}: A {list(down.shape)} and B {list(up.shape)} for a weight {expected}")
+        if lora is not None and len(adapters) < len(lora.adapters):
+            problems.append("a layer is there twice, in two spellings")
         if lora is not None and problems:
             raise ValueError(f"{lora.source}: not a LoRA of this model: {few(problems)}")
         for name, layer in layers.items():

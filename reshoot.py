@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from files.media import read_frames, resize_frame
-from files.video import read_rate
+from files.media import read_frames, read_rate, resize_frame
 from geometry.camera import WINDOW, CameraPath, hold, inverse, normalize, product, scale_translation
 from geometry.pi3x import Pi3X
 from geometry.scene import see

@@ -38,7 +38,7 @@ from files.output import Output, parts_folder
 from files.settings import read_part, setting_names
 from files.table import check_row, read_table
 from files.video import try_encoder
-from files.writing import beside, check_apart, check_outputs, fingerprint, replacing
+from files.writing import beside, check_apart, check_outputs, fingerprint, real, replacing
 from geometry.camera import WINDOW, CameraPath, path_error
 from geometry.paths import path_json
 from geometry.pi3x import Pi3X, find_pi3x
@@ -202,9 +202,10 @@ def name_files(args: argparse.Namespace, settings: Settings) -> tuple[dict[str, 
     if is_filmed(args):
         outputs["path"] = args.out.with_name(f"{args.out.stem}_path.json")
     geometry = find_pi3x(settings.geometry, args.weights)
-    lora = find_lora(args.lora, args.weights, led)
+    lora = find_lora(args.lora, args.weights, led, settings.warp_band)
+    tiny = None if settings.vae == "wan" else find_taehv(args.weights)
     inputs = existing(args.image, args.video, args.poses, args.depth, *(args.warp or ()), args.weights, args.list,
-                      geometry, lora, *(clip_files(args, settings) or ()))
+                      geometry, lora, tiny, *(clip_files(args, settings) or ()))
     parts = parts_folder(args.out)
     check_outputs(outputs, [*inputs, *([parts] if parts.is_dir() else [])])
     check_apart([parts], inputs)
@@ -304,6 +305,10 @@ def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bo
         try_encoder(job.fps, job.size)
         output.begin(describe_job(args, job), job.frames, job.fps, job.led, describe_machine(settings.device))
         given = generate(args, job, output, networks)
+        whole = output.count == output.frames
+        if not whole and (there := [*map(str, filter(Path.exists, outputs.values()))]):
+            print(f"{', '.join(there)}: there already, and kept until the video is whole")
+            return False
         with replacing(outputs, filter(Path.exists, inputs)) as files:  # what is gone by now can't be overwritten
             for name in files.keys() & {"video", "warp"}:
                 output.join(f"_{name}.mp4", files[name])
@@ -318,7 +323,7 @@ def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bo
                 print("check: " + ", ".join(f"{name} {value:.4g}" for name, value in found.items()))
         output.finish()
     print(f"wrote {output.count} frames:", *outputs.values())
-    return output.count == output.frames
+    return whole
 
 
 def list_rows(args: argparse.Namespace, settings: Settings) -> list[tuple[int, dict]]:
@@ -330,12 +335,13 @@ def list_rows(args: argparse.Namespace, settings: Settings) -> list[tuple[int, d
     unknown = [name for name in rows[0][1] if name is not None and name not in known]
     if unknown:
         raise ValueError(f"{args.list}: column {unknown[0]!r}, expected one of {', '.join(sorted(known))}")
-    files: dict[Path, int] = {}
+    writers: dict[Path, int] = {}
     for number, row in rows:
-        for name, file in (("out", row["out"]), ("latents", row.get("latents") or settings.latents)):
-            if file and files.setdefault(Path(file).resolve(), number) != number:
-                other = files[Path(file).resolve()]
-                raise ValueError(f"{args.list}: rows {other} and {number} have the same {name}, {file}")
+        out, latents = Path(row["out"] or ""), row.get("latents") or settings.latents
+        ends = (".mp4", "_warp.mp4", "_sheet.png", "_path.json", "_check.json", "_parts") if out.name else ()
+        for file in existing(*(out.with_name(out.stem + end) for end in ends), latents and Path(latents)):
+            if (other := writers.setdefault(real(file), number)) != number:
+                raise ValueError(f"{args.list}: rows {other} and {number} would both write {file}")
     return rows[first - 1::step]
 
 
@@ -390,7 +396,8 @@ def run(args: argparse.Namespace) -> None:
     settings = load_settings(args)
     with lead(Helios, settings.split, settings.device) as load:
         if args.list is None:
-            make(args, settings, Networks(load))
+            if not make(args, settings, Networks(load)):
+                raise KeyboardInterrupt("the same words with --continue go on")
         else:
             make_list(args, settings, load)
 

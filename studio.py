@@ -21,8 +21,8 @@ from torch import Tensor
 import job
 from files.draw import save_ply
 from files.machine import allow_tf32, use_device
-from files.media import to_frames
-from files.video import read_rate, write_video
+from files.media import read_rate, to_frames
+from files.video import write_video
 from geometry.camera import WINDOW, CameraPath
 from geometry.flight import drive, film
 from geometry.paths import path_json
@@ -49,7 +49,7 @@ class Studio:
         self.folder = tempfile.TemporaryDirectory()  # of pictures that were sent
         self.changed: list[Callable[[], None]] = []
         self.stopping, self.stops = threading.Event(), 0
-        self.prompt, self.seed = args.prompt, self.settings.seed
+        self.prompt, self.seed, self.preset = args.prompt, self.settings.seed, self.settings.preset
         self.message, self.progress = "", 0.0
         self.worlds = 0
         self.prompts: tuple[str, Prompts] | None = None
@@ -67,52 +67,64 @@ class Studio:
         words = argparse.Namespace(**{**vars(self.args), **known})
         job.check(words, self.settings)
         self.start(words, self.settings)
+        self.forget()
         self.fps = self.settings.fps or (video and read_rate(video)) or 16  # as sample.py has it
         self.keys: list[Tensor] = [torch.eye(4)]  # relative to the picture's camera, in its own unit
         self.seconds: list[float] = []
 
     def start(self, words: argparse.Namespace, settings: job.Settings) -> None:
-        """The picture or clip of the words with its geometry, estimated once for all films; a new film."""
+        """The picture or clip of the words with its geometry, estimated once for all films. What was filmed stays,
+        but does not go on."""
         frames = 2 * WINDOW if words.video is None else job.count_frames(words.video, None)
         file, pi3x = job.open_pi3x(words, settings, frames)
         still = CameraPath(torch.eye(4).repeat(2, 1, 1))
         self.first = job.start_path(words, settings, self.size, still, file, pi3x, frames)
         self.words, self.fresh = words, self.camera.state()
         self.worlds += 1  # so that pages notice
-        self.forget()
+        self.rewind()
 
     def receive(self, name: str, content: bytes) -> None:
         """A picture that was sent, opened by the same checks as a file; it is kept until another one comes."""
         if len(content) > UPLOAD:
             raise ValueError(f"{name}: {len(content)} bytes, expected at most {UPLOAD}")
-        path = Path(self.folder.name) / f"{len(list(Path(self.folder.name).iterdir()))}{Path(name).suffix}"
+        path = Path(self.folder.name) / f"{self.worlds}{Path(name).suffix}"
         path.write_bytes(content)
         try:
             self.open(path)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             path.unlink()
             raise ValueError(str(error).replace(str(path), name)) from None
+        for other in {*path.parent.iterdir()} - {path}:
+            other.unlink()
         self.tell(f"{name} is the picture now")
 
     def prefer(self, preset: str) -> None:
-        """Another preset of settings; a new film, as the LoRA and the geometry may be others."""
+        """Another preset of settings, from the next film on: the LoRA and the geometry may be others."""
         kept = [word for word in self.args.set if not word.startswith("preset=")]
         args = argparse.Namespace(**{**vars(self.args), "set": [*kept, f"preset={preset}"]})
-        settings = job.load_settings(args)
-        lora = job.choose_lora(args, settings)
-        self.start(self.words, settings)
-        self.args, self.settings, self.lora = args, settings, lora
-        self.prompts = None  # a LoRA has a trigger
+        try:
+            settings = job.load_settings(args)
+            lora = job.choose_lora(args, settings)
+            self.start(self.words, settings)
+            self.args, self.settings, self.lora = args, settings, lora
+            self.prompts = None  # a LoRA has a trigger
+        finally:
+            self.preset = self.settings.preset
         self.tell(f"preset {preset}")
 
-    def forget(self) -> None:
-        """A new film of the same picture, with the camera as it was before any."""
+    def rewind(self) -> None:
+        """The camera as it was before any film; what comes next is a new one."""
         self.camera.restore(self.fresh)
         self.rollout: Rollout | None = None
-        self.frames: list[np.ndarray] = []  # [H, W, 3] uint8
-        self.path = torch.empty(0, 4, 4)  # that the frames were made along
         self.here = torch.eye(4)  # where the next chunk of a drive begins
         self.rate = 0.0  # seconds a chunk
+
+    def forget(self) -> None:
+        """No film yet."""
+        self.rewind()
+        self.frames: list[np.ndarray] = []  # [H, W, 3] uint8
+        self.path = torch.empty(0, 4, 4)  # that the frames were made along
+        self.rest: list[np.ndarray] = []  # of the last chunk, beyond the path
 
     @property
     def camera(self) -> Camera | Memory:
@@ -163,7 +175,7 @@ class Studio:
         return film(torch.stack(self.keys), self.seconds, self.fps)
 
     def preview(self) -> None:
-        """The frames of the warp along the planned path, instead of a film."""
+        """The frames of the warp along the planned path, in the film's place."""
         path, camera = self.planned(), self.camera
         if isinstance(camera, Memory):
             camera = Camera(self.geometry, self.size, camera.unit, camera.settings)
@@ -204,8 +216,10 @@ class Studio:
         begin = time.perf_counter()
         chunk = rollout.next(poses=poses, prompts=self.embedded())
         self.rate = time.perf_counter() - begin
-        self.frames += list(to_frames(chunk.frames))[:len(poses)]
-        self.path = torch.cat([self.path, poses])
+        made = list(to_frames(chunk.frames))
+        # a film that goes on beyond its path shows the rest of its last chunk too, whose camera stood still
+        self.path = torch.cat([self.path, *[self.path[-1:]] * len(self.rest), poses])
+        self.frames, self.rest = [*self.frames, *self.rest, *made[:len(poses)]], made[len(poses):]
         self.tell(f"{len(self.frames)} frames; {self.rate:.1f} s a chunk, {WINDOW / self.fps / self.rate:.2f} times"
                   f" real time")
 

@@ -210,7 +210,7 @@ class Trainer:
         self.clock = Clock(transformer.proj_out.weight.device)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.lora = new_lora(transformer, recipe, self.generator)
-        transformer.checkpointing, transformer.keep_attention = recipe.checkpointing, recipe.keep_attention
+        transformer.train().checkpointing, transformer.keep_attention = recipe.checkpointing, recipe.keep_attention
         transformer.set_lora(self.lora)
         self.tensors = {f"{name}.lora_{half}.weight": matrix for name, (down, up, _) in self.lora.adapters.items()
                         for half, matrix in (("A", down), ("B", up))}
@@ -382,7 +382,7 @@ def name_inputs(args: argparse.Namespace, job: Job) -> list[Path]:
     """All that the run reads."""
     videos = [source.video for source in job.sources]
     beside = [file for video in videos for file in files_beside(video) or ()]
-    table = [Path(video) for video in args.video if video.endswith(".csv")]
+    table = [Path(video) for video in args.video if video.lower().endswith(".csv")]
     geometry = existing(find_pi3x(args.geometry, args.weights))
     return [*videos, *beside, *table, *args.poses, *args.depth, args.weights, *geometry]
 
@@ -403,8 +403,9 @@ def train_in(run: Run, args: argparse.Namespace, job: Job, load: Loader) -> None
     about, machine = describe_run(args, job, clips), describe_machine(args.device)
     saved = run.resume(about, machine) if args.resume else None  # or refused before any large network is read
     wanted = {clip.prompt for clip in clips} | {add_trigger("")}
+    negative = [NEGATIVE_PROMPT] if model_options(args.weights).guidance > 1 else []
     if recipe.sample_every:
-        wanted |= {job.sources[0].prompt, NEGATIVE_PROMPT}
+        wanted |= {job.sources[0].prompt, *negative}
     embeddings = embed_prompts(args.weights, wanted, args.device, args.memory)
     models = load_models(Helios, args.weights, args.device, args.memory, "wan", load)
     transformer, led = models.transformer, None
@@ -424,7 +425,7 @@ def train_in(run: Run, args: argparse.Namespace, job: Job, load: Loader) -> None
     text_of = lru_cache(1)(lambda prompt: transformer.text(embedding(prompt)))  # 0.4 GB in the released model
 
     def draw(path: Path) -> None:
-        prompts = Prompts(*map(embedding, (job.sources[0].prompt, clips[0].prompt, NEGATIVE_PROMPT)))
+        prompts = Prompts(*map(embedding, (job.sources[0].prompt, clips[0].prompt, *negative)))
         draw_sample(models, prompts, trainer, clips[0], job, args.weights, path)
 
     fit(trainer, run, clips, conditions, text_of, draw)

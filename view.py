@@ -9,6 +9,7 @@ on.
 
 import argparse
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -44,7 +45,7 @@ class Page:
 
     def __init__(self, client, studio: Studio):
         self.client, self.studio = client, studio
-        self.open, self.shown = True, -1  # the frame that is shown
+        self.open, self.shown = True, 0  # the frame that is shown; -n is the picture of the n-th world
         self.build()
         self.look()
         studio.changed.append(self.refresh)
@@ -76,12 +77,12 @@ class Page:
         with gui.add_folder("Picture and words"):
             upload = gui.add_upload_button("another picture", mime_type="image/*")
             upload.on_upload(lambda event: self.upload(event.target.value))
-            self.prompt = gui.add_text("prompt", studio.prompt)
-            self.prompt.on_update(lambda event: setattr(studio, "prompt", self.prompt.value))
-            self.seed = gui.add_number("seed", studio.seed, min=0, step=1)
-            preset = gui.add_dropdown("preset", list(job.PRESETS), initial_value=studio.settings.preset)
-            preset.on_update(lambda event: studio.submit(lambda: studio.prefer(preset.value)))
-            self.seed.on_update(lambda event: setattr(studio, "seed", int(self.seed.value)))
+            self.words = {"prompt": gui.add_text("prompt", studio.prompt),
+                          "seed": gui.add_number("seed", studio.seed, min=0, step=1),
+                          "preset": gui.add_dropdown("preset", list(job.PRESETS), initial_value=studio.preset)}
+            self.heard = {name: getattr(studio, name) for name in self.words}
+            for name, widget in self.words.items():
+                widget.on_update(partial(self.say, name))
         with gui.add_folder("Save"):
             self.buttons({f"save {kind}": partial(self.save, kind) for kind in ("mp4", "json", "ply")})
 
@@ -97,6 +98,7 @@ class Page:
 
     def look(self) -> None:
         """The picture's points, in the units of the path and the axes of its camera, and the viewer where that is."""
+        self.world = self.studio.worlds  # first: what changes meanwhile is looked at again
         geometry, unit = self.studio.geometry, self.studio.camera.unit
         axes = transform(inverse(geometry.c2w.cpu()), *geometry.points[geometry.valid].cpu().unbind(-1))
         points = torch.stack(axes, dim=-1).numpy() / unit
@@ -106,7 +108,6 @@ class Page:
                               precision="float32")
         camera.position, camera.look_at = (0.0, 0.0, 0.0), (0.0, 0.0, 10.0)
         camera.fov = self.fov
-        self.world = self.studio.worlds
 
     def refresh(self) -> None:
         studio = self.studio
@@ -114,8 +115,12 @@ class Page:
         options = [f"{index}: {'the picture' if index == 0 else f'after {seconds:g} s'}"
                    for index, seconds in enumerate([0.0, *studio.seconds])]
         if tuple(options) != tuple(self.keys.options):
+            chosen = min(self.key, len(options) - 1)
             self.keys.options = options
-            self.keys.value = options[-1]
+            self.keys.value = options[chosen]
+        for name, widget in self.words.items():
+            if (value := getattr(studio, name)) != self.heard[name]:  # said on another page, or refused
+                self.heard[name] = widget.value = value
         if self.world != studio.worlds:
             self.look()
         if len(studio.keys) > 1:
@@ -129,10 +134,13 @@ class Page:
         while self.open:
             frames, path = self.studio.frames, self.studio.path
             if frames:
-                self.shown = (self.shown + 1) % len(frames)
+                self.shown = max(self.shown + 1, 0) % len(frames)
                 self.video.image = large(frames[self.shown])
                 if self.shown < len(path):
                     self.place_camera(path[self.shown], frames[self.shown])
+            elif self.shown != -self.world:
+                self.shown, self.video.image = -self.world, large(self.studio.picture)
+                self.client.scene.remove_by_name("/camera")
             time.sleep(1 / self.studio.fps)
 
     def place_camera(self, pose: Tensor, frame: np.ndarray) -> None:
@@ -164,6 +172,7 @@ class Page:
         self.studio.keys.append(self.pose)
         self.studio.seconds.append(float(self.gap.value))
         self.studio.tell()
+        self.keys.value = self.keys.options[-1]
 
     def change_key(self) -> int:
         if self.key == 0:
@@ -182,6 +191,15 @@ class Page:
         index = self.change_key()
         del self.studio.keys[index], self.studio.seconds[index - 1]
         self.studio.tell()
+
+    def say(self, name: str, event) -> None:
+        """A word of this browser's user, for all pages; not one that another page has said."""
+        if event.client is not None:
+            value = self.heard[name] = type(self.heard[name])(event.target.value)
+            setattr(self.studio, name, value)
+            if name == "preset":
+                self.studio.submit(lambda: self.studio.prefer(value))
+            self.studio.tell()
 
     def drive(self) -> None:
         """Chunk after chunk to where the viewer looks, while this page is open and asks for it."""
@@ -226,9 +244,10 @@ def admit(client, studio: Studio, token: str | None, pages: dict[int, Page | Non
         return
     asked = client.gui.add_text("token", "")
     button = client.gui.add_button("enter")
+    once = threading.Lock()  # a second click may come before the first one's page is there
 
     def press(event) -> None:
-        if secrets.compare_digest(asked.value.encode(), token.encode()) and client.client_id not in pages:
+        if secrets.compare_digest(asked.value.encode(), token.encode()) and once.acquire(blocking=False):
             asked.remove()
             button.remove()
             enter(client, studio, pages)
@@ -244,6 +263,10 @@ def serve(args: argparse.Namespace):
         raise ValueError('the page needs viser: pip install -e ".[view]"') from None
     if args.host not in LOCAL and not args.token:
         raise ValueError(f"--host {args.host}: opens this page to the network; give a --token, which it will ask for")
+    try:  # viser would try for ever
+        socket.create_server((args.host, 0), family=socket.getaddrinfo(args.host, 0)[0][0]).close()
+    except OSError as error:
+        raise ValueError(f"--host {args.host}: nothing can listen there ({error})") from None
     studio, pages = Studio(args), {}
     server = viser.ViserServer(host=args.host, port=args.port, label="Warp-as-History", verbose=False)
     server.scene.set_up_direction("-y")

@@ -44,7 +44,7 @@ class Maker:
     def read(self, case: Case, path: Path, settings: list[str], way: Way) -> tuple[argparse.Namespace, Settings]:
         """The words of a video's command, checked by themselves."""
         options = [f"{name}={show_value(value)}" for name, value in way.options.items()]
-        frames, options = WINDOW * max(len(case.actions), 1), [*self.settings, *settings, *options]
+        frames, options = WINDOW * max(len(case.actions), 1), [*settings, *self.settings, *options]
         args = sample.parse([
             "--image", str(self.picture(case)), "--poses", str(path), "--prompt", case.prompt, "--frames", str(frames),
             "--lora", str(way.lora or "off"), *self.words, *(["--set", *options] if options else [])])

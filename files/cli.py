@@ -55,7 +55,9 @@ def check_frames(frames: int | None) -> None:
 def run_program(name: str, program: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
     """Exit status 0; 2 and one line on stderr for bad input; 130 when the user stops it; 141 when nobody reads what it
     prints any more, 0 if that comes out at the end of it."""
-    for stream in (sys.stdout, sys.stderr):  # a console that has not all letters shows others; None if it is closed
+    if sys.stderr is None:  # closed: what is said there goes nowhere
+        sys.stderr = open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):  # a console that has not all letters shows others
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     choose_products()
@@ -69,7 +71,7 @@ def run_program(name: str, program: Callable[[argparse.Namespace], None], args: 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno() if sys.stdout else 1)
         return 0 if finished else 141  # what a shell reports for it
     except (ValueError, OSError) as error:
-        print(f"{name}: error: {explain(error)}", file=sys.stderr)
+        print(f"{name}: error: {' '.join(explain(error).splitlines())}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

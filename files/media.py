@@ -23,7 +23,7 @@ from torch import Tensor
 
 from files.arrays import Arrays
 from files.cli import note
-from files.video import MAX_PIXELS, check_pixels, decode
+from files.video import MAX_PIXELS, check_pixels, decode, film_rate, is_film
 
 try:
     from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
@@ -230,6 +230,16 @@ def read_frames(path: str | Path) -> Iterator[np.ndarray]:
         yield frame
     if shape is None:
         raise ValueError(f"{path}: no frames")
+
+
+def read_rate(path: Path) -> float | None:
+    """Frames a second, if the file is a video or an animation that says so; not below 1, and not above 240."""
+    if path.is_file() and is_picture(path):
+        lasting = [each.info.get("duration", 0) for each in open_animation(path)]  # milliseconds
+        rate = 1000 * len(lasting) / sum(lasting) if sum(lasting) and len(lasting) > 1 else 0.0
+    else:
+        rate = film_rate(path) if is_film(path) else 0.0
+    return min(max(rate, 1.0), 240.0) if rate else None
 
 
 def tell_clip(path: Path, size: tuple[int, int], crop: bool = True) -> None:

@@ -149,7 +149,7 @@ class Output:
     def __exit__(self, error_type, error, traceback) -> None:
         """The folder goes after a whole video, and when no chunk is whole."""
         try:
-            if self.done or self.begun and not self.counts:
+            if self.done or self.begun and not self.state.is_file():
                 self.folder.clear()
         finally:
             self.folder.__exit__(None, None, None)

@@ -59,13 +59,10 @@ def is_film(path: Path) -> bool:
         return False
 
 
-def read_rate(path: Path) -> float | None:
-    """Frames a second, if the file is a video that says so, from 1 to 240."""
-    if not is_film(path):
-        return None
+def film_rate(path: Path) -> float:
+    """Frames a second of a video file, 0 if it does not say."""
     with opened(path) as (_, stream):
-        rate = float(stream.average_rate or 0)
-    return rate if 1 <= rate <= 240 else None
+        return float(stream.average_rate or 0)
 
 
 def decode(path: Path) -> Iterator[np.ndarray]:
@@ -84,7 +81,7 @@ def decode_stream(path: Path, container, stream) -> Iterator[np.ndarray]:
     stream.thread_type = "AUTO"
     length, index = path.stat().st_size, list(stream.index_entries)
     missing = sum(entry.pos + entry.size > length for entry in index)  # an edit list leaves frames out rightly
-    packets = damaged = 0
+    packets = damaged = seen = 0
     for packet in container.demux(stream):
         packets += packet.size > 0
         try:
@@ -94,6 +91,9 @@ def decode_stream(path: Path, container, stream) -> Iterator[np.ndarray]:
         for frame in frames:
             damaged += frame.is_corrupt
             check_pixels(frame.width, frame.height)
+            if has_alpha(frame) and not seen:
+                note(f"{path}: has transparency, taken over white")
+            seen += 1
             yield to_rgb(frame, stream.sample_aspect_ratio, stream.codec_context.color_trc)
     if missing or damaged:
         note(f"{path}: cut off or damaged, {missing} of its {max(len(index), packets)} frames are missing and {damaged}"
@@ -105,13 +105,22 @@ def check_pixels(width: int, height: int) -> None:
         raise ValueError(f"{width}x{height} pixels, expected at most {MAX_PIXELS:,}; make it smaller")
 
 
+def has_alpha(frame: av.VideoFrame) -> bool:
+    return any(component.is_alpha for component in frame.format.components)
+
+
 def to_rgb(frame: av.VideoFrame, pixel_aspect: Fraction | None, transfer: int) -> np.ndarray:
-    """A decoded frame [H,W,3] uint8, upright and in sRGB."""
-    deep = transfer in (PQ, HLG)
+    """A decoded frame [H,W,3] uint8, upright, in sRGB and over white."""
+    deep, clear = transfer in (PQ, HLG), has_alpha(frame)
     width = round(frame.width * (pixel_aspect or 1))
-    layout = "rgb48le" if deep else "rgb24"
+    layout = "rgb48le" if deep else "rgba" if clear else "rgb24"
     pixels = frame.reformat(width=width, format=layout, interpolation=Interpolation.BICUBIC).to_ndarray()
-    return np.ascontiguousarray(np.rot90(tone_map(pixels, transfer) if deep else pixels, round(frame.rotation / 90)))
+    if deep:
+        pixels = tone_map(pixels, transfer)
+    elif clear:
+        opaque = pixels[..., 3:] / 255
+        pixels = (pixels[..., :3] * opaque + 255 * (1 - opaque) + 0.5).astype(np.uint8)
+    return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
 
 
 @cache

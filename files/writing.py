@@ -39,6 +39,11 @@ def identity(path: Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
+def real(path: Path) -> Path:
+    """Where a path leads. Links in a circle are no error here, as they are of Path.resolve before Python 3.13."""
+    return Path(os.path.realpath(path))
+
+
 def check_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     """Raises ValueError for an output that is, lies in, or (a folder) holds what the run reads, whatever its name."""
     inputs = list(inputs)
@@ -46,7 +51,7 @@ def check_apart(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
     inside = {identity(path): path for given in inputs if given.is_dir() for path in given.rglob("*") if path.exists()}
     around = {identity(folder): given for given in inputs for folder in given.resolve().parents}
     for output in outputs:
-        out = output.resolve()
+        out = real(output)
         for path in filter(Path.exists, (out, *out.parents)):
             found = (inside | read).get(identity(path))
             if found is not None:
@@ -109,11 +114,11 @@ def check_outputs(outputs: dict[str, Path], inputs: Iterable[Path]) -> None:
     sweep(outputs.values())
     taken = set()
     for path in outputs.values():
-        if path.resolve() in taken:
+        if real(path) in taken:
             raise ValueError(f"{path}: this output would overwrite another output")
         if path.exists() and not path.is_file():
             raise ValueError(f"{path}: expected the name of a file, this is something else")
-        taken.add(path.resolve())
+        taken.add(real(path))
         try:
             temporary(path).touch()
             temporary(path).unlink()

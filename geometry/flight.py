@@ -60,7 +60,7 @@ def film(keys: Tensor, seconds: list[float], fps: float) -> Tensor:
     turns, moves = turn_vector(ahead[:, :3, :3]), c2w[1:, :3, 3] - c2w[:-1, :3, 3]
     spin, speed = slopes(turns, times), slopes(moves, times)
     ends = torch.cat([torch.zeros(1, dtype=torch.float64), times.cumsum(0)])
-    clock = torch.arange(round(ends[-1].item() * fps) + 1, dtype=torch.float64) / fps
+    clock = torch.arange(max(round(ends[-1].item() * fps), 1) + 1, dtype=torch.float64) / fps
     clock = clock * (ends[-1] / clock[-1])  # ends on the last key
     parts = []
     for k, length in enumerate(times):

@@ -43,7 +43,7 @@ PATIENCE = timedelta(hours=1)  # with which the others wait for rank 0, which ma
 
 def ranks() -> tuple[int, int]:
     """This process's rank, and how many there are, in torchrun's words."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 Given = tuple[Tensor, Tensor, Tensor, Any]  # of a training step: latents, timestep, target, context
@@ -238,7 +238,7 @@ class Team:
         matrices, tensors = tensors[:2 * len(names)], tensors[2 * len(names):]
         if self.rank:  # rank 0 has its own, and what steps them
             matrices = [matrix.requires_grad_() for matrix in matrices]
-            network.checkpointing, network.keep_attention = words["checkpointing"], words["keep_attention"]
+            network.train().checkpointing, network.keep_attention = words["checkpointing"], words["keep_attention"]
             network.set_lora(Lora("", {name: (down, up, scale) for name, down, up, scale in
                                        zip(names, matrices[::2], matrices[1::2], words["scales"])}))
         else:

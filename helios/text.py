@@ -54,8 +54,8 @@ class Tokenizer:
         ids = self.model.encode(text)
         if len(ids) >= max_length:
             lost = self.model.decode(ids[max_length - 1:])
-            note(f"the prompt has {len(ids)} tokens, {max_length - 1} are read; what is cut off begins with"
-                 f" {lost[:60]!r}")
+            note(f"the prompt {text[:30]!r}... has {len(ids)} tokens, {max_length - 1} are read; what is cut off begins"
+                 f" with {lost[:60]!r}")
         return ids[: max_length - 1] + [END]
 
 

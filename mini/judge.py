@@ -152,8 +152,9 @@ def judge(seed: int, trial: Trial) -> None:
     models, defaults = load_models(Helios, trial.weights, "cpu"), model_options(trial.weights)
     remember_encodings(models.vae)
     geometry = find_pi3x(None, trial.weights)
-    clip = make_clip(seed, WINDOW, read_index(trial.weights).size)
-    scene = scene_of(clip, None if geometry is None else load_pi3x(geometry))
+    index = read_index(trial.weights)
+    clip = make_clip(seed, WINDOW, index.size)
+    scene = scene_of(clip, None if geometry is None else load_pi3x(geometry), RenderSettings(index.samples))
     prompts = encode_prompts(trial.weights, clip.caption, bool(trial.loras), defaults.guidance > 1, "cpu")
     loras = {path: load_lora(path) for path in trial.loras}
     made = {} if trial.full else {name: [video] for name, video in bounds(scene, models).items()}

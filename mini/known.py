@@ -20,7 +20,7 @@ from geometry.pi3x import Pi3X
 from geometry.surface import ensure_valid, estimate, median_depth, transform, unproject
 from mini import world
 from mini.world import Clip, make_clip
-from render import Warp, render
+from render import RenderSettings, Warp, render
 
 NUDGE = torch.tensor([0.02, 0.02, 0.02, 0.06, 0.06, 0.06])  # radians and meters, for derivatives
 
@@ -66,18 +66,19 @@ def suits(seed: int, size: tuple[int, int]) -> bool:
     return ";" not in clip.caption and 0.3 < exact_warp(clip).visible[0, 0, -1].mean().item() < 0.85
 
 
-def scene_of(clip: Clip, pi3x: Pi3X | None = None) -> Scene:
+def scene_of(clip: Clip, pi3x: Pi3X | None = None, settings: RenderSettings = RenderSettings()) -> Scene:
     """A clip with its exact warp, and that of the geometry which `pi3x` estimates."""
     video = from_frames(clip.frames)
-    return Scene(clip, video, exact_warp(clip), None if pi3x is None else estimated_warp(clip, video, pi3x))
+    estimated = None if pi3x is None else estimated_warp(clip, video, pi3x, settings)
+    return Scene(clip, video, exact_warp(clip), estimated)
 
 
-def estimated_warp(clip: Clip, video: Tensor, pi3x: Pi3X) -> Warp:
+def estimated_warp(clip: Clip, video: Tensor, pi3x: Pi3X, settings: RenderSettings) -> Warp:
     geometry = ensure_valid(estimate(pi3x, [video[:, :, 0]])[0])
     known = clip.depth[0][clip.depth[0].isfinite()].median()
     poses = inverse(clip.c2w[:1]) @ clip.c2w
     poses[:, :3, 3] *= median_depth(geometry) / known  # the path in units of depth, as users give it
-    return render(geometry, poses, (video.shape[-2], video.shape[-1]))
+    return render(geometry, poses, (video.shape[-2], video.shape[-1]), settings)
 
 
 def ghost(frames: np.ndarray, first: np.ndarray, visible: np.ndarray) -> float:

@@ -57,7 +57,7 @@ def calls(setup: bench.Setup, model: Helios, text: list) -> Iterator[bench.Row]:
 
 def in_float8(model: Helios) -> None:
     """As `--memory fp8` loads it."""
-    for layer in model.modules():
+    for layer in model.eval().modules():
         if isinstance(layer, Linear):
             float8, layer.scale = quantize(layer.weight, model.dtype)
             layer.weight = torch.nn.Parameter(float8, requires_grad=False)

@@ -27,7 +27,7 @@ def test_stopping_keeps_what_is_done(place, capsys, monkeypatch):
     """Ctrl-C in the third chunk leaves two whole ones, and says how to go on; in the first, nothing."""
     stop_in_chunk(monkeypatch, 3)
     words = ["--image", "image.png", "--warp", "warp.npy"]
-    assert sample(*words) == 0
+    assert sample(*words) == 130
     assert len(read("out.mp4")) == 66 and len(read("out_warp.mp4")) == 66
     said = capsys.readouterr().out
     assert "66 frames" in said and "--image image.png --warp warp.npy --continue" in said
@@ -38,6 +38,32 @@ def test_stopping_keeps_what_is_done(place, capsys, monkeypatch):
     before = sorted(path.name for path in place.iterdir())
     assert sample(*words, "--out", "other.mp4") == 130
     assert sorted(path.name for path in place.iterdir()) == before
+
+
+def test_a_stopped_run_replaces_nothing(place, capsys, monkeypatch):
+    """A video that was there stays until the new one is whole."""
+    words = ["--image", "image.png", "--frames"]
+    assert sample(*words, "3") == 0
+    before = (place / "out.mp4").read_bytes()
+    stop_in_chunk(monkeypatch, 2)
+    assert sample(*words, "40") == 130 and (place / "out.mp4").read_bytes() == before
+    assert "out.mp4, out_sheet.png: there already, and kept until the video is whole" in capsys.readouterr().out
+    assert sample(*words, "40", "--continue") == 0 and len(read("out.mp4")) == 40
+
+
+def test_stopping_as_the_state_is_written(place, monkeypatch):
+    """A chunk whose state is in place is never removed."""
+    stopped = Output.add
+
+    def add(self, *rest):
+        stopped(self, *rest)
+        self.counts = []  # as if the program had not come to count it
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Output, "add", add)
+    assert sample("--image", "image.png", "--frames", "40") == 130
+    monkeypatch.setattr(Output, "add", stopped)
+    assert sample("--image", "image.png", "--frames", "40", "--continue") == 0 and len(read("out.mp4")) == 40
 
 
 WAYS = {
@@ -78,7 +104,7 @@ def test_a_check_comes_and_goes(place, monkeypatch, first, then):
     (weights.parent / "Pi3X").mkdir()
     shutil.copy(PI3X[1].removeprefix("geometry="), weights.parent / "Pi3X" / "model.safetensors")
     stop_in_chunk(monkeypatch, 2)
-    assert sample(*WAYS["depth"], *first, weights=weights) == 0
+    assert sample(*WAYS["depth"], *first, weights=weights) == 130
     assert sample(*WAYS["depth"], *then, "--continue", weights=weights) == 0
     assert len(read("out.mp4")) == 80 and Path("out_check.json").exists()
 
@@ -87,7 +113,7 @@ def test_stopping_before_a_new_chunk_is_whole(place, capsys, monkeypatch):
     """What was there already is kept; nothing is said of the visible share of what was not written."""
     words = ["--image", "image.png", "--warp", "warp.npy"]
     stop_in_chunk(monkeypatch, 2)
-    assert sample(*words) == 0
+    assert sample(*words) == 130
     add = Output.add
 
     def stop(self, *given):
@@ -96,7 +122,7 @@ def test_stopping_before_a_new_chunk_is_whole(place, capsys, monkeypatch):
 
     monkeypatch.setattr(Output, "add", stop)
     capsys.readouterr()
-    assert sample(*words, "--continue") == 0
+    assert sample(*words, "--continue") == 130
     assert "keeping the 33 frames" in capsys.readouterr().out and len(read("out.mp4")) == 33
 
 
@@ -130,7 +156,7 @@ def test_another_video_is_not_continued(capsys, place, monkeypatch):
     words = ["--image", "image.png", "--move", "forward 1, up 1", "--depth", "depth.npy"]
     refused(capsys, place, [*words, "--continue"], "out_parts/state.safetensors", "no such file")
     stop_in_chunk(monkeypatch, 2)
-    assert sample(*words) == 0
+    assert sample(*words) == 130
     np.save("depth2.npy", np.load("depth.npy") + 1)
     Image.open("image.png").transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("flipped.png")
     weights = place / "weights"
@@ -171,7 +197,7 @@ def test_settings_beside_a_lora_are_part_of_it(capsys, place, monkeypatch):
         json.dump({"r": 4, "lora_alpha": 4}, file)
     words = ["--image", "image.png", "--move", "forward 1, up 1", "--depth", "depth.npy", "--lora", "adapter_model.safetensors"]
     stop_in_chunk(monkeypatch, 2)
-    assert sample(*words) == 0
+    assert sample(*words) == 130
     with open("adapter_config.json", "w") as file:
         json.dump({"r": 4, "lora_alpha": 8}, file)
     capsys.readouterr()

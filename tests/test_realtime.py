@@ -178,3 +178,6 @@ def test_a_run_with_the_tiny_decoder(place, capsys, vae):
     same = torch.equal(load_file("whole.safetensors")["latents"], load_file("tiny.safetensors")["latents"])
     assert same == (vae == "taehv-decode")
     assert (place / "whole.mp4").read_bytes() != (place / "tiny.mp4").read_bytes()
+    capsys.readouterr()
+    assert sample(f"vae={vae}", "latents=weights/taew2_1.safetensors", "--out", "again.mp4") == 2
+    assert "would overwrite" in capsys.readouterr().err

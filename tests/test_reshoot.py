@@ -16,8 +16,8 @@ from sampling import read, refused, sample, stop_in_chunk
 
 import view
 from clips import steady_path
-from files.media import fit_image, resize_frame, to_frames
-from files.video import is_film, read_rate, write_video
+from files.media import fit_image, read_rate, resize_frame, to_frames
+from files.video import is_film, write_video
 from geometry import surface
 from geometry.camera import CameraPath, move_path, normalize, product
 from geometry.paths import load_path, path_json

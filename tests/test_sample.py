@@ -21,8 +21,9 @@ from told import small_pi3x
 import job
 from files.checkpoint import count_numbers, weight_files
 from files.cli import note
+from files.media import read_rate
 from files.output import Output
-from files.video import read_rate, write_video
+from files.video import write_video
 from geometry import scene
 from geometry.pi3x import load_pi3x
 from helios.load import load_models

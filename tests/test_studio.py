@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import job
 import view
-from files.video import read_rate, write_video
+from files.media import read_rate
+from files.video import write_video
 from geometry.camera import motion, move_path
 from geometry.flight import pushed
 from helios.load import encode_prompts
@@ -26,6 +27,9 @@ from helios.text import UMT5Encoder
 from sample import main as sample_main
 from studio import Studio
 from wah import stage_steps
+
+AGAIN = ["--weights", str(DISTILLED), "--size", "64x128", "--image", "image.png", "--prompt", "a car", "--set",
+         "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]  # the words of the page, for sample.py
 
 
 def pose(*move: float) -> torch.Tensor:
@@ -53,9 +57,7 @@ def test_a_film_is_the_video_of_its_path(studio):
     wait(studio)
     assert len(studio.frames) == len(studio.path) == 41 and "s a chunk" in studio.message
     Path("path.json").write_bytes(studio.saved("json"))
-    words = ["--weights", str(DISTILLED), "--size", "64x128", "--image", "image.png", "--prompt", "a car", "--poses",
-             "path.json", "--set", "seed=3", "device=cpu", "steps=1,1,1", "amplify_first_chunk=false"]
-    assert sample_main(words) == 0
+    assert sample_main([*AGAIN, "seed=3", "--poses", "path.json"]) == 0
     Path("film.mp4").write_bytes(studio.saved("mp4"))
     ours, theirs = (load_video(name).astype(int) for name in ("film.mp4", "out.mp4"))
     assert ours.shape == theirs.shape and abs(ours - theirs).mean() < 1  # joined from two parts, so coded differently
@@ -91,8 +93,12 @@ def test_a_drive_goes_on_where_a_film_ends(studio):
     studio.submit(studio.generate)
     studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "forward", 1.0), chunks=1))
     wait(studio)
-    assert len(studio.path) == 9 + 33 and not torch.equal(studio.path[8], torch.eye(4))
-    torch.testing.assert_close(studio.path[9], studio.path[8])
+    assert len(studio.frames) == len(studio.path) == 66 and not torch.equal(studio.path[8], torch.eye(4))
+    torch.testing.assert_close(studio.path[9:34], studio.path[8].repeat(25, 1, 1))  # the rest of the film's chunk
+    Path("path.json").write_bytes(studio.saved("json"))
+    assert sample_main([*AGAIN, "--poses", "path.json"]) == 0
+    Path("film.mp4").write_bytes(studio.saved("mp4"))
+    assert abs(load_video("film.mp4").astype(int) - load_video("out.mp4")).mean() < 1
 
 
 def test_following_goes_where_one_looks_until_stopped(studio):
@@ -167,6 +173,9 @@ def test_a_picture_that_was_sent_can_be_filmed(studio):
         studio.submit(lambda content=content: studio.receive("bad.png", content))
         wait(studio)
         assert said in studio.message and len(studio.frames) == 33
+    studio.submit(lambda: studio.receive("again.png", Path("image.png").read_bytes()))
+    wait(studio)
+    assert len([*Path(studio.folder.name).iterdir()]) == 1 and studio.message.startswith("again.png")
 
 
 @pytest.mark.parametrize("shown, words", [
@@ -189,6 +198,11 @@ def test_another_preset(studio):
     wait(studio)
     assert studio.settings.warp_band == "mid" and studio.settings.samples == 2 and len(studio.frames) == 33
     assert studio.camera.settings.samples == 2 and studio.worlds == 2
+    studio.submit(lambda: studio.prefer("none"))
+    wait(studio)
+    assert "preset" in studio.message and studio.preset == "realtime" and len(studio.frames) == 33
+    studio.prefer("official")
+    assert studio.preset == "official" and len(studio.frames) == 33 and studio.rollout is None  # kept, not gone on with
 
 
 def test_the_text_encoder_is_streamed_past_the_transformer(studio, monkeypatch):
@@ -316,7 +330,8 @@ def test_a_browser_that_leaves(studio, early):
     (["--depth", "d.png"], "--depth needs"), (["--set", "device=cuda:99"], "device cuda:99"),
     (["--set", "steps=3"], "steps: 1 numbers"), (["--check"], "--set check=true: not of the page"),
     (["--latents", "x.safetensors"], "latents=x.safetensors"), (["--resample"], "resample=true: not of"),
-    (["--set", "prompt_blend=3"], "prompt_blend=3: not of"), (["--prompt", "a car | a boat"], "a car | a boat"),
+    (["--set", "prompt_blend=3"], "prompt_blend=3: not of"), (["--host", "192.0.2.1", "--token", "a"], "nothing can listen"),
+    (["--host", "none.invalid", "--token", "a"], "none.invalid: nothing can listen"), (["--prompt", "a car | a boat"], "a car | a boat"),
 ])  # fmt: skip
 def test_bad_words(capsys, page_words, words, said):
     """One line, before the weights are read."""

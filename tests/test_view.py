@@ -148,6 +148,8 @@ def test_a_second_browser_sees_the_same_and_a_token_is_asked_for(browser, served
         page.get_by_text("generate", exact=True).first.wait_for(timeout=60000)
     press(first, "add keyframe")
     second.locator("input[role=combobox][value='1: after 2 s']").wait_for(timeout=20000)
+    first.locator("input[value='a car']").fill("a boat")
+    second.locator("input[value='a boat']").wait_for(timeout=20000)
     second.close()
     press(first, "add keyframe")
     first.locator("input[role=combobox][value='2: after 2 s']").wait_for(timeout=20000)

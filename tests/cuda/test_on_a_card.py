@@ -123,7 +123,7 @@ def test_fp8(device):
     error = (call(eight, "all_bands", device) - expected).norm() / expected.norm()
     check(f"fp8 on {device}, relative rms", error, torch.tensor(0.0), 0.1)
     weight, x = (torch.randn(*shape, device=device) for shape in ((512, 5120), (64, 5120)))
-    layer = Linear(5120, 512).to(device, torch.bfloat16).requires_grad_(False)
+    layer = Linear(5120, 512).to(device, torch.bfloat16).requires_grad_(False).eval()
     (float8, layer.scale), layer.in_float8 = quantize(weight, torch.bfloat16), device == "cpu" or multiplies_float8(device)
     layer.weight, layer.bias.data = torch.nn.Parameter(float8, requires_grad=False), torch.zeros_like(layer.bias)
     wanted = F.linear(x, weight)

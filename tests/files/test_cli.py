@@ -83,12 +83,19 @@ def test_exit_status(capsys):
 
     assert ends(None) == (0, "")
     assert ends(ValueError("a.png: no picture")) == (2, "x.py: error: a.png: no picture\n")
+    assert ends(ValueError("a\nb.png: no picture")) == (2, "x.py: error: a b.png: no picture\n")
     status, line = ends(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out.mp4"))
     assert status == 2 and "out.mp4: no room is left on the disk" in line
     status, line = ends(KeyboardInterrupt())
     assert status == 130 and "stopped, nothing written" in line
     with pytest.raises(ZeroDivisionError):  # a fault of the program is not dressed up
         ends(ZeroDivisionError())
+
+
+def test_what_is_said_to_nobody(monkeypatch):
+    """With stderr closed a bar has somewhere to go."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run_program("x.py", lambda _: sys.stderr.write("a bar"), argparse.Namespace()) == 0
 
 
 def test_unknown_errors_of_the_system_keep_their_words():

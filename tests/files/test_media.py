@@ -141,6 +141,15 @@ def test_an_animation_is_a_picture_or_a_video(tmp_path, suffix, capsys):
     assert load_video(tmp_path / f"a{suffix}")[:, 0, 0].tolist() == [[60 * index, 0, 90] for index in range(4)]
 
 
+@pytest.mark.parametrize("suffix", [".gif", ".png", ".webp"])
+def test_the_rate_of_an_animation(tmp_path, suffix):
+    """Which ffmpeg does not know of all."""
+    frames = [Image.new("RGB", (16, 8), (60 * index, 0, 90)) for index in range(4)]
+    for wait, rate in ((50, 20), (200, 5), (4000, 1)):
+        frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:], duration=wait)
+        assert media.read_rate(tmp_path / f"a{suffix}") == rate
+
+
 def test_heic_names_the_package(tmp_path):
     (tmp_path / "x.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
     with pytest.raises(ValueError, match="x.jpg: .*pip install pillow-heif"):

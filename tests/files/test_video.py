@@ -248,6 +248,25 @@ def test_frames_of_variable_rate(tmp_path, name):
     assert len(loaded) == 12 and np.abs(loaded.astype(int) - frames).mean() < 3
 
 
+@pytest.mark.parametrize("fps, rate", [(480, 240), (24, 24), (0.5, 1)])
+def test_the_rate_of_a_video(tmp_path, fps, rate):
+    """Slow motion and time lapse come as near to theirs as a result may."""
+    write(tmp_path / "v.mp4", [SMOOTH] * 4, fps)
+    assert media.read_rate(tmp_path / "v.mp4") == pytest.approx(rate)
+
+
+def test_what_a_videos_transparency_hides_is_white(tmp_path, capsys):
+    """As a picture's."""
+    picture = np.full((32, 48, 4), (255, 0, 0, 255), np.uint8)
+    picture[:, :24, 3] = 0
+    with av.open(tmp_path / "v.mov", "w") as container:
+        stream = container.add_stream("qtrle", rate=12, width=48, height=32, pix_fmt="argb")
+        container.mux([*stream.encode(av.VideoFrame.from_ndarray(picture, "rgba")), *stream.encode()])
+    (frame,) = load_video(tmp_path / "v.mov")
+    assert frame[0, 0].tolist() == [255, 255, 255] and frame[0, -1].tolist() == [255, 0, 0]
+    assert capsys.readouterr().err.count("v.mov: has transparency, taken over white") == 1
+
+
 @pytest.mark.parametrize("quarters", [1, 2, 3])
 def test_a_turned_phone(tmp_path, quarters):
     encode(tmp_path / "v.mp4", [SMOOTH] * 3, side=quarters, colorspace=1)

@@ -23,6 +23,14 @@ def test_outputs_appear_together_or_not_at_all(tmp_path):
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "new", "b.txt": "new"}
 
 
+def test_links_in_a_circle(tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    writing.check_outputs({"video": tmp_path / "a"}, [])
+    publish({"video": tmp_path / "a"})
+    assert (tmp_path / "a").read_text() == "new"
+
+
 def test_what_cannot_be_written_is_noticed_at_once(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "in.mp4").write_text("input")

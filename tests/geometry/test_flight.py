@@ -22,6 +22,12 @@ def test_turn_vectors_there_and_back():
     assert torch.allclose(back, vectors, atol=1e-9)
 
 
+def test_a_film_has_two_frames_at_least():
+    """However short: one at each end."""
+    path = film(KEYS[:2], [0.01], 16)
+    assert len(path) == 2 and torch.allclose(path, KEYS[:2], atol=1e-5)
+
+
 def test_film_passes_the_keys_in_time():
     path = film(KEYS, [1.0, 0.5, 2.0], 16)
     assert len(path) == 57 and path.dtype == torch.float32

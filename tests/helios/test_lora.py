@@ -226,3 +226,7 @@ def test_a_lora_of_another_model(tmp_path):
     content = {key: torch.ones(2, 16) if ".lora_A" in key else value for key, value in tensors().items()}
     with pytest.raises(ValueError, match=re.escape("blocks.0.attn1.to_q: A [2, 16] and B [8, 2] for a weight [8, 8]")):
         model.set_lora(load_lora(saved(tmp_path / "y.safetensors", content)))
+    kohya = {f"lora_unet_blocks_0_attn1_to_q.lora_{half}.weight": torch.ones(2, 8) if half == "down" else torch.ones(8, 2)
+             for half in ("down", "up")}
+    with pytest.raises(ValueError, match="twice, in two spellings"):
+        model.set_lora(load_lora(saved(tmp_path / "z.safetensors", tensors() | kohya)))
