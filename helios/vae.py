@@ -8,7 +8,7 @@ Reproduces diffusers' AutoencoderKLWan as Helios uses it, under the checkpoint's
 Inside, a frame is a picture `[1, C, H, W]` in channels_last: per-frame layers are plain 2D layers and a 3D convolution
 is a sum of 2D ones, much faster than conv3d on a CPU. Two sums take less arithmetic than the layers' definitions say:
 three time taps at a pair of frames, and a convolution of an enlarged picture.
-Left out: tiling, slicing, per-level attention and the residual variant of Wan 2.2.
+Left out: tiling, slicing, per-level attention and the residual variant of Wan 2.2; its patches of pixels are here.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -46,9 +46,11 @@ class VAEConfig:
         2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
     )
+    patch_size: int | None = None  # the sides of squares of pixels that the layers see as one, as in Wan 2.2
+    in_channels: int = 3  # of such a patch
+    out_channels: int = 3
     attn_scales: tuple[float, ...] = ()  # this and what follows: only so that other variants are refused
     is_residual: bool = False
-    patch_size: int | None = None
     decoder_base_dim: int | None = None
 
     def __post_init__(self):
@@ -59,9 +61,18 @@ class VAEConfig:
                 raise ValueError(f"{key} has {len(getattr(self, key))} numbers, expected z_dim = {self.z_dim}")
         if min(self.latents_std) <= 0:
             raise ValueError(f"latents_std is {self.latents_std}, expected positive numbers")
-        for key in ("attn_scales", "is_residual", "patch_size", "decoder_base_dim"):
+        if self.patch < 1:
+            raise ValueError(f"patch_size is {self.patch_size}, expected a positive number")
+        for key in ("in_channels", "out_channels"):
+            if getattr(self, key) != (inside := 3 * self.patch**2):
+                raise ValueError(f"{key} is {getattr(self, key)}, expected {inside} (3 x patch_size squared)")
+        for key in ("attn_scales", "is_residual", "decoder_base_dim"):
             if getattr(self, key):
                 raise ValueError(f"{key} is {getattr(self, key)}, expected none (Wan 2.1, not 2.2)")
+
+    @property
+    def patch(self) -> int:
+        return self.patch_size or 1
 
 
 class TimeConv(nn.Conv3d):
@@ -244,7 +255,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
         dims = [config.base_dim * mult for mult in (1, *config.dim_mult)]
-        self.conv_in = TimeConv(3, dims[0], 3)
+        self.conv_in = TimeConv(config.in_channels, dims[0], 3)
         self.down_blocks = Layers["ResidualBlock | Downsample"]()  # flat, as in the checkpoint
         for level, (dim_in, dim) in enumerate(pairwise(dims)):
             for block in range(config.num_res_blocks):
@@ -255,7 +266,7 @@ class Encoder(nn.Module):
         self.norm_out = RMSNorm(dims[-1], 3)
         self.conv_out = TimeConv(dims[-1], 2 * config.z_dim, 3)
 
-    def forward(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:  # [1, 3, H, W] -> [1, 2 * z_dim, H/8, W/8]
+    def forward(self, frames: Iterable[Tensor]) -> Iterator[Tensor]:  # in patches -> [1, 2 * z_dim, H/8, W/8]
         return through((self.conv_in, *self.down_blocks, self.mid_block, self.head), frames)
 
     def head(self, frames: Frames, cache: Cache) -> Frames:
@@ -288,9 +299,9 @@ class Decoder(nn.Module):
             self.up_blocks.append(DecoderLevel(dim_in, dim, config.num_res_blocks + 1, upsampler))
             dim_in = dim // 2  # the upsampler halves it
         self.norm_out = RMSNorm(dims[-1], 3)
-        self.conv_out = TimeConv(dims[-1], 3, 3)
+        self.conv_out = TimeConv(dims[-1], config.out_channels, 3)
 
-    def forward(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:  # [1, z_dim, h, w] -> [1, 3, 8h, 8w]
+    def forward(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:  # [1, z_dim, h, w] -> in patches
         return through((self.conv_in, self.mid_block, *chain(*self.up_blocks), self.head), latents)
 
     def head(self, frames: Frames, cache: Cache) -> Frames:
@@ -310,7 +321,7 @@ class VAE(Network):
         super().__init__()
         self.config = config
         self.channels = config.z_dim
-        self.space_factor = 2 ** (len(config.dim_mult) - 1)  # 8
+        self.space_factor = config.patch * 2 ** (len(config.dim_mult) - 1)  # 8
         self.encoder = Encoder(config)
         self.quant_conv = PointConv(2 * config.z_dim, 2 * config.z_dim)
         self.post_quant_conv = PointConv(config.z_dim, config.z_dim)
@@ -333,7 +344,8 @@ class VAE(Network):
         space, shape = self.space_factor, list(video.shape)
         if len(shape) != 5 or shape[:2] != [1, 3] or shape[2] < 1 or shape[3] % space or shape[4] % space:
             raise ValueError(f"VAE.encode: video is {shape}, expected [1, 3, F, H, W], H and W multiples of {space}")
-        moments = [self.quant_conv(x) for x in self.encoder(to_frame(frame) for frame in video.split(1, dim=2))]
+        frames = (to_patches(to_frame(frame), self.config.patch) for frame in video.split(1, dim=2))
+        moments = [self.quant_conv(x) for x in self.encoder(frames)]
         mean, logvar = torch.stack(moments, dim=2).chunk(2, dim=1)
         return mean, logvar
 
@@ -343,7 +355,7 @@ class VAE(Network):
         if len(shape) != 5 or shape[:2] != [1, z_dim] or shape[2] < 1:
             raise ValueError(f"VAE.decode: latents are {shape}, expected [1, {z_dim}, frames, height, width]")
         for frame in self.decoder(self.post_quant_conv(to_frame(latent)) for latent in latents.split(1, dim=2)):
-            yield frame.clamp(-1, 1)[:, :, None]
+            yield from_patches(frame.clamp(-1, 1), self.config.patch)[:, :, None]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Raw latents -> the whole video [1, 3, 1 + 4 (k-1), H, W]. ValueError if not [1, z_dim, k, h, w]."""
@@ -372,3 +384,14 @@ class VAE(Network):
 def to_frame(video: Tensor) -> Tensor:
     """[1, C, 1, H, W] -> [1, C, H, W]"""
     return video[:, :, 0].contiguous(memory_format=torch.channels_last)
+
+
+def to_patches(x: Tensor, side: int) -> Tensor:
+    """Each patch of pixels as one: [N, C, side h, side w] -> [N, C side side, h, w], columns before rows."""
+    x = rearrange(x, "n c (h a) (w b) -> n (c b a) h w", a=side, b=side)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def from_patches(x: Tensor, side: int) -> Tensor:
+    """The other way: [N, C side side, h, w] -> [N, C, side h, side w]."""
+    return rearrange(x, "n (c b a) h w -> n c (h a) (w b)", a=side, b=side)

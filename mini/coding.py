@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from helios.vae import VAE, MidBlock, ResidualBlock, TimeConv, Upsample
+from helios.vae import VAE, MidBlock, ResidualBlock, TimeConv, Upsample, from_patches
 
 torch._dynamo.config.recompile_limit = 64  # one for each width and memory layout
 
@@ -63,4 +63,4 @@ def decode(vae: VAE, latents: Tensor) -> Tensor:
         for layer in level.upsamplers:
             x, frames = upsample(layer, x, frames)
     x = time_conv(decoder.conv_out, norm_silu(x, decoder.norm_out.gamma), frames)
-    return rearrange(x, "(b t) c h w -> b c t h w", b=batch)
+    return rearrange(from_patches(x, vae.config.patch), "(b t) c h w -> b c t h w", b=batch)

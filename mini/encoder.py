@@ -1,9 +1,9 @@
 """The VAE's encoder, written instead of trained: its weights make it the linear codec.
 
-Without its residual branches the encoder is linear up to its last norm: convolutions that halve the picture, and two of
-them then the time, one behind the other. A projection of 4x8x8-pixel blocks can be factored like that. Each stage keeps
-what the next ones need, by the singular vectors of the codec's basis: all of 2x2 pixels; of 4x4 pixels 22 numbers, and
-10 for how they change within two frames; of 8x8 pixels 36 and 27. That loses less than 1e-4 of what is encoded.
+Without its residual branches the encoder is linear up to its last norm: it takes patches of 2x2 pixels, and twice a
+convolution halves the picture and another one then the time. A projection of 4x8x8-pixel blocks can be factored like
+that. Each stage keeps what the next one needs, by the singular vectors of the codec's basis: of 4x4 pixels 22 numbers,
+and 10 for how they change within two frames; of 8x8 pixels 36 and 27. That loses less than 1e-4 of what is encoded.
 
 The last norm and SiLU are passed where both are straight lines: beside one channel that holds a large constant the norm
 only divides by it, and of small numbers SiLU leaves one half.
@@ -59,12 +59,12 @@ def write_encoder(vae: VAE, codec: Codec) -> None:
     """Make the miniature's `vae` encode as `codec` does, in place."""
     encoder = vae.encoder
     straighten(encoder)
-    to_2x2, to_4x4, to_8x8 = (layer for layer in encoder.down_blocks if isinstance(layer, Downsample))
+    to_4x4, to_8x8 = (layer for layer in encoder.down_blocks if isinstance(layer, Downsample))
 
-    # A latent is a sum over four frames' pixels, named by the place of 4x4 pixels, in these of 2x2, and in these.
-    frames = rearrange(codec.basis, "(t q a i r b j c) f -> t f (q r) (a b i j c)", t=4, q=2, a=2, i=2, r=2, b=2, j=2)
+    # A latent is a sum over four frames' pixels, named by the place of 4x4 pixels, in these of 2x2, and in these,
+    # which the encoder sees as one, columns before rows.
+    frames = rearrange(codec.basis, "(t q a i r b j c) f -> t f (q r) (a b c j i)", t=4, q=2, a=2, i=2, r=2, b=2, j=2)
     mean, change = frames[0::2] + frames[1::2], frames[1::2] - frames[0::2]  # of two frames each: [2, F, 4, 48]
-    halve(to_2x2, torch.eye(12).view(12, 4, 3))
 
     still, moving = rows(mean, STILL_4), rows(change, MOVING_4)
     halve(to_4x4, still.unflatten(1, (4, 12)))

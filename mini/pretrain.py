@@ -47,11 +47,12 @@ from mini.world import caption, make_clip, make_scene
 from model import Helios, HeliosConfig, History
 from wah import BANDS, pseudo_history
 
-SCHEDULE = Schedule(sampler="euler", stages=1, stage_range=(0, 1))
+SCHEDULE = Schedule(sampler="unipc", stages=1, stage_range=(0, 1))
 HELIOS = HeliosConfig(in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=4, attention_head_dim=48,
                       num_layers=6, ffn_dim=512, text_dim=64, freq_dim=128, rope_dim=(16, 16, 16), rope_theta=100.0)
 UMT5 = UMT5Config(vocab_size=640, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-VAE_CONFIG = VAEConfig(base_dim=16, z_dim=CHANNELS, dim_mult=(1, 2, 4, 4), num_res_blocks=1,
+VAE_CONFIG = VAEConfig(base_dim=32, z_dim=CHANNELS, dim_mult=(1, 2, 2), num_res_blocks=1, patch_size=2,
+                       temperal_downsample=(True, True), in_channels=12, out_channels=12,
                        latents_mean=(0.0,) * CHANNELS, latents_std=(1.0,) * CHANNELS)
 STEM = "diffusion_pytorch_model"
 CROP = 96, 144  # of its pictures

@@ -81,8 +81,10 @@ def test_sample_clamps_logvar(vae):
         (dict(base_dim=6, dim_mult=[1, 3, 2, 4], num_res_blocks=1, temperal_downsample=[True, True, False]), (24, 16)),
         (dict(base_dim=4, dim_mult=[2, 1, 4], num_res_blocks=1, temperal_downsample=[True, True], z_dim=16), (20, 12)),
         (dict(base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=2, temperal_downsample=[False, True], z_dim=16), (8, 8)),
+        (dict(base_dim=8, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True], patch_size=2,
+              in_channels=12, out_channels=12), (16, 24)),
     ],
-    ids=["wan", "time first", "three levels", "half time"],
+    ids=["wan", "time first", "three levels", "half time", "patches"],
 )
 def test_equals_diffusers(options, size):
     torch.manual_seed(1)
@@ -231,10 +233,20 @@ def test_full_size_names_and_shapes():
         assert getattr(VAEConfig(), name) == tuple(getattr(peer.config, name))
 
 
-@pytest.mark.parametrize("key, value", [("attn_scales", [1.0]), ("is_residual", True), ("patch_size", 2)])
+@pytest.mark.parametrize("key, value", [("attn_scales", [1.0]), ("is_residual", True), ("decoder_base_dim", 8)])
 def test_unsupported_variants_are_named(key, value):
     with pytest.raises(ValueError, match=f"{key} is .*Wan 2.1"):
         VAEConfig(**{key: value})
+
+
+@pytest.mark.parametrize("key", ["in_channels", "out_channels"])
+def test_channels_are_those_of_a_patch(key):
+    with pytest.raises(ValueError, match=f"{key} is 3, expected 12"):
+        VAEConfig(**{"patch_size": 2, "in_channels": 12, "out_channels": 12, key: 3})
+    with pytest.raises(ValueError, match=f"{key} is 4, expected 3"):
+        VAEConfig(**{key: 4})
+    with pytest.raises(ValueError, match="patch_size is -2"):
+        VAEConfig(patch_size=-2, in_channels=12, out_channels=12)
 
 
 def test_wrong_shapes_are_named(vae):
