@@ -406,7 +406,8 @@ def test_training_items_of_a_batch():
 
 def test_stages_meet():
     """The velocity of a training pair leads, over the stage's whole clock, to where the sampler enters the next stage:
-    upsampled and renoised, the end of one stage has the clean part and the noise level of the start of the next."""
+    upsampled and renoised, the end of one stage has the clean part of the start of the next, and white noise of its
+    level: of four equal pixels and block noise, whose neighbours have the covariance -gamma."""
     schedule, clean = Schedule(), torch.randn(1, 2, 1, 8, 8)
     for stage in (0, 1):
         none = torch.zeros_like(clean)
@@ -414,6 +415,8 @@ def test_stages_meet():
         start, _ = endpoints(clean, none, schedule, stage + 1)
         table = stage_tables(schedule)[stage + 1]
         torch.testing.assert_close(table.alpha * end.repeat_interleave(2, -1).repeat_interleave(2, -2), start)
+        equal, block = (table.alpha * table.ori_start) ** 2, table.beta**2
+        assert equal + block == pytest.approx(table.start**2) and equal == pytest.approx(schedule.gamma * block)
 
 
 def test_exponential_shift_is_bounded_in_training():
