@@ -6,6 +6,7 @@ from pathlib import Path
 import peers
 import pytest
 import torch
+from diffusers import AutoencoderKLWan
 from einops import rearrange
 from goldens import check
 from safetensors.torch import load_file
@@ -73,6 +74,18 @@ def test_diffusers_agrees():
         ours = transformer(noisy, time, transformer.text(words), transformer.context(history, noisy.shape[2:]))
         theirs = peers.Denoiser(peers.twin(transformer))(noisy, time, words, history)
     check("the miniature, diffusers", ours, theirs, 2e-5)
+
+
+def test_diffusers_agrees_on_the_vae():
+    """It is the official class, with the patches of Wan 2.2."""
+    vae, clip = load(VAE, SHIPPED / "vae"), make_clip(3, 5, (64, 96)).frames
+    peer = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(SHIPPED / "vae")).eval()
+    peer.load_state_dict(vae.state_dict())
+    with torch.no_grad():
+        video = rearrange(clip, "t h w c -> 1 c t h w") / 127.5 - 1
+        latents = peer.encode(video).latent_dist.mean
+        check("the miniature's VAE, diffusers", vae.encode(video)[0], latents, 1e-3)
+        check("the miniature's VAE, diffusers", vae.decode(latents), peer.decode(latents).sample, 1e-4)
 
 
 def test_geometry_and_codec():
