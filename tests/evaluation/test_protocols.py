@@ -113,7 +113,7 @@ def test_another_input_is_refused(davis, monkeypatch, capsys):
 @pytest.mark.parametrize("more, message", [
     (("stepz=1",), "--set stepz=1: expected"), (("seed=3",), "--set seed=3: expected --seed 3"),
     (("device=cuda",), "--set device=cuda: expected --device cuda"), (("check=true",), "--set check=true: does nothing"),
-    (("tf32=true", "--size", "65x64"), "--size"),
+    (("warp_fill=black",), "--set warp_fill=black: does nothing"), (("tf32=true", "--size", "65x64"), "--size"),
     (("warp_band=mid", "--lora", str(HELIOS / "lora_noprefix.safetensors")), "trained with the warp in the short band"),
     (("tf32=true", "--part", "3/2"), "--part '3/2'"), (("tf32=true", "--poses", "{damaged}"), "cat.npy"),
 ])
@@ -135,6 +135,21 @@ def test_a_folder_of_others(davis, capsys, name, content, message):
     (davis / "table" / name).write_text(content)
     assert evaluate.main(words(davis, "davis33", "DAVIS", "--poses", str(davis / "paths"))) == 2
     assert message in capsys.readouterr().err.splitlines()[-1] and len([*(davis / "table").iterdir()]) == 1
+
+
+@pytest.mark.parametrize("more, row", [((), "full, mean filling"), (("preset=realtime",), "full, smooth filling")])
+def test_the_row_has_the_filling_of_its_settings(davis, monkeypatch, more, row):
+    rows = []
+    monkeypatch.setattr(make.Maker, "make", lambda self, case, path, settings, row: rows.append(row))
+    assert evaluate.main([*words(davis, "davis33", "DAVIS", "--poses", str(davis / "paths")), *more]) == 0
+    assert {*rows} == {row}
+
+
+def test_a_unit_that_is_set_stays(realestate):
+    """Whatever Pi3X sees."""
+    case, settings = protocols.read_cases("re10k33", realestate / "re10k", None)[0], ["unit=0.5depth"]
+    maker = make.Maker(realestate, ("--weights", str(DISTILLED), "--size", "64x64"), ("unit=2.0",), {}, ())
+    assert maker.read(case, case.poses, settings, make.Way())[1].unit == "2.0"
 
 
 def test_tf32_is_as_set(davis, monkeypatch):
