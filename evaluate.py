@@ -236,10 +236,12 @@ def open_maker(args: argparse.Namespace, cases: list[Case], given: dict[str, Pat
     for word in args.set:
         if (name := word.partition("=")[0]) in ("device", "seed"):
             raise ValueError(f"--set {word}: expected --{name} {word.partition('=')[2]}")
-        if name in ("latents", "check", "warp_fill"):
+        if name in ("latents", "check") or name == "warp_fill" and args.ablation:
             raise ValueError(f"--set {word}: does nothing with --protocol, expected it with sample.py")
     every, fill = ways(args.lora), load_settings(argparse.Namespace(**vars(args), video=None)).warp_fill
     rows = every if args.ablation else {name: way for name, way in every.items() if name.startswith(f"full, {fill}")}
+    if not rows:
+        raise ValueError(f"--set warp_fill={fill}: expected smooth or mean, with --protocol")
     words = ["--weights", str(args.weights), "--seed", str(args.seed), "--memory", args.memory,
              *([] if args.size is None else ["--size", args.size])]
     maker = Maker(args.out.with_suffix(""), (*words,), (*args.set, f"device={args.device}"), rows,

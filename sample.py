@@ -306,8 +306,8 @@ def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bo
         output.begin(describe_job(args, job), job.frames, job.fps, job.led, describe_machine(settings.device))
         given = generate(args, job, output, networks)
         whole = output.count == output.frames
-        if not whole and (there := [*map(str, filter(Path.exists, outputs.values()))]):
-            print(f"{', '.join(there)}: there already, and kept until the video is whole")
+        if not whole and (there := [*filter(output.is_older, outputs.values())]):
+            print(f"{', '.join(map(str, there))}: of an earlier run, kept until the video is whole")
             return False
         with replacing(outputs, filter(Path.exists, inputs)) as files:  # what is gone by now can't be overwritten
             for name in files.keys() & {"video", "warp"}:
@@ -339,9 +339,10 @@ def list_rows(args: argparse.Namespace, settings: Settings) -> list[tuple[int, d
     for number, row in rows:
         out, latents = Path(row["out"] or ""), row.get("latents") or settings.latents
         ends = (".mp4", "_warp.mp4", "_sheet.png", "_path.json", "_check.json", "_parts") if out.name else ()
-        for file in existing(*(out.with_name(out.stem + end) for end in ends), latents and Path(latents)):
+        latents = None if latents in (None, "none") else Path(latents)
+        for file in existing(*(out.with_name(out.stem + end) for end in ends), latents):
             if (other := writers.setdefault(real(file), number)) != number:
-                raise ValueError(f"{args.list}: rows {other} and {number} would both write {file}")
+                raise ValueError(f"{args.list}: rows {other} and {number} could both write {file}")
     return rows[first - 1::step]
 
 
@@ -397,7 +398,7 @@ def run(args: argparse.Namespace) -> None:
     with lead(Helios, settings.split, settings.device) as load:
         if args.list is None:
             if not make(args, settings, Networks(load)):
-                raise KeyboardInterrupt("the same words with --continue go on")
+                raise KeyboardInterrupt("what is done is kept")
         else:
             make_list(args, settings, load)
 

@@ -325,8 +325,9 @@ def draw_sample(models: Models[Helios], prompts: Prompts, trainer: Trainer, clip
     options = replace(model_options(weights), warp_band=trainer.recipe.warp_band)  # as the LoRA has learnt it
     rollout = Rollout(models, prompts, job.size, generator, image=clip.pixels(0)[:, :, 0], camera=camera,
                       lora=trainer.lora, options=options)
+    models.transformer.eval()
     chunk = rollout.next(poses=clip.forward.c2w[:WINDOW])
-    models.transformer.set_lora(trainer.lora)
+    models.transformer.train().set_lora(trainer.lora)
     led = {} if chunk.warp is None else {"warp": chunk.warp.frames}
     rows = {"video": clip.pixels(*range(WINDOW)), **led, f"step {trainer.steps}": chunk.frames}
     save_png(path, contact_sheet({name: to_frames(video) for name, video in rows.items()}))

@@ -119,7 +119,8 @@ class Page:
             self.keys.options = options
             self.keys.value = options[chosen]
         for name, widget in self.words.items():
-            if (value := getattr(studio, name)) != self.heard[name]:  # said on another page, or refused
+            heard = self.heard[name]  # before what is said, as `say` writes them the other way round
+            if (value := getattr(studio, name)) != heard:  # said on another page, or refused
                 self.heard[name] = widget.value = value
         if self.world != studio.worlds:
             self.look()
@@ -195,8 +196,9 @@ class Page:
     def say(self, name: str, event) -> None:
         """A word of this browser's user, for all pages; not one that another page has said."""
         if event.client is not None:
-            value = self.heard[name] = type(self.heard[name])(event.target.value)
+            value = type(self.heard[name])(event.target.value)
             setattr(self.studio, name, value)
+            self.heard[name] = value
             if name == "preset":
                 self.studio.submit(lambda: self.studio.prefer(value))
             self.studio.tell()

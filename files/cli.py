@@ -40,8 +40,10 @@ def what_to_do(error: Exception) -> str:
 def explain(error: Exception) -> str:
     """An error in one line; of the system's own ones: which file, and what to do."""
     if isinstance(error, OSError) and error.errno is not None:
-        return f"{'' if error.filename is None else f'{error.filename}: '}{what_to_do(error)}"
-    return str(error)
+        words = f"{'' if error.filename is None else f'{error.filename}: '}{what_to_do(error)}"
+    else:
+        words = str(error)
+    return " ".join(words.splitlines())
 
 
 MAX_FRAMES = 10**6
@@ -71,7 +73,7 @@ def run_program(name: str, program: Callable[[argparse.Namespace], None], args: 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno() if sys.stdout else 1)
         return 0 if finished else 141  # what a shell reports for it
     except (ValueError, OSError) as error:
-        print(f"{name}: error: {' '.join(explain(error).splitlines())}", file=sys.stderr)
+        print(f"{name}: error: {explain(error)}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):

@@ -133,6 +133,10 @@ class Output:
     def sheet(self) -> np.ndarray:
         return contact_sheet({name: np.stack(tiles) for name, tiles in self.tiles.items()})
 
+    def is_older(self, path: Path) -> bool:
+        """Whether a file was there before this video's first chunk."""
+        return path.exists() and path.stat().st_mtime < self.piece(0, VIDEO).stat().st_mtime
+
     def finish(self) -> None:
         """What was to be made of the chunks is made; the folder goes if there are no more to come."""
         if self.count == self.frames:

@@ -81,7 +81,7 @@ def decode_stream(path: Path, container, stream) -> Iterator[np.ndarray]:
     stream.thread_type = "AUTO"
     length, index = path.stat().st_size, list(stream.index_entries)
     missing = sum(entry.pos + entry.size > length for entry in index)  # an edit list leaves frames out rightly
-    packets = damaged = seen = 0
+    packets = damaged = 0
     for packet in container.demux(stream):
         packets += packet.size > 0
         try:
@@ -91,10 +91,7 @@ def decode_stream(path: Path, container, stream) -> Iterator[np.ndarray]:
         for frame in frames:
             damaged += frame.is_corrupt
             check_pixels(frame.width, frame.height)
-            if has_alpha(frame) and not seen:
-                note(f"{path}: has transparency, taken over white")
-            seen += 1
-            yield to_rgb(frame, stream.sample_aspect_ratio, stream.codec_context.color_trc)
+            yield to_rgb(frame, path, stream.sample_aspect_ratio, stream.codec_context.color_trc)
     if missing or damaged:
         note(f"{path}: cut off or damaged, {missing} of its {max(len(index), packets)} frames are missing and {damaged}"
              " damaged")
@@ -105,21 +102,19 @@ def check_pixels(width: int, height: int) -> None:
         raise ValueError(f"{width}x{height} pixels, expected at most {MAX_PIXELS:,}; make it smaller")
 
 
-def has_alpha(frame: av.VideoFrame) -> bool:
-    return any(component.is_alpha for component in frame.format.components)
-
-
-def to_rgb(frame: av.VideoFrame, pixel_aspect: Fraction | None, transfer: int) -> np.ndarray:
+def to_rgb(frame: av.VideoFrame, path: Path, pixel_aspect: Fraction | None, transfer: int) -> np.ndarray:
     """A decoded frame [H,W,3] uint8, upright, in sRGB and over white."""
-    deep, clear = transfer in (PQ, HLG), has_alpha(frame)
+    deep, clear = transfer in (PQ, HLG), any(component.is_alpha for component in frame.format.components)
     width = round(frame.width * (pixel_aspect or 1))
     layout = "rgb48le" if deep else "rgba" if clear else "rgb24"
     pixels = frame.reformat(width=width, format=layout, interpolation=Interpolation.BICUBIC).to_ndarray()
     if deep:
         pixels = tone_map(pixels, transfer)
-    elif clear:
-        opaque = pixels[..., 3:] / 255
+    elif clear and pixels[..., 3].min() < 255:
+        note(f"{path}: has transparency, taken over white")
+        opaque = pixels[..., 3:] / np.float32(255)
         pixels = (pixels[..., :3] * opaque + 255 * (1 - opaque) + 0.5).astype(np.uint8)
+    pixels = pixels[..., :3]
     return np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
 
 

@@ -47,8 +47,12 @@ def test_a_stopped_run_replaces_nothing(place, capsys, monkeypatch):
     before = (place / "out.mp4").read_bytes()
     stop_in_chunk(monkeypatch, 2)
     assert sample(*words, "40") == 130 and (place / "out.mp4").read_bytes() == before
-    assert "out.mp4, out_sheet.png: there already, and kept until the video is whole" in capsys.readouterr().out
+    assert "out.mp4, out_sheet.png: of an earlier run, kept until the video is whole" in capsys.readouterr().out
     assert sample(*words, "40", "--continue") == 0 and len(read("out.mp4")) == 40
+    words[-1:] = ["--out", "other.mp4", "--frames", "80"]
+    for chunk, more in ((2, []), (3, ["--continue"])):  # its own short film grows
+        stop_in_chunk(monkeypatch, chunk)
+        assert sample(*words, *more) == 130 and len(read("other.mp4")) == 33 * (chunk - 1)
 
 
 def test_stopping_as_the_state_is_written(place, monkeypatch):

@@ -141,11 +141,11 @@ def test_prompts_wait_on_the_host(monkeypatch):
 def test_rows_do_not_share_a_file(place, capsys):
     Path("jobs.csv").write_text("out\na.mp4\nb.mp4\n")
     assert run("--list", "jobs.csv", "--set", "latents=x.safetensors") == 2
-    assert "rows 1 and 2 would both write x.safetensors" in capsys.readouterr().err and not videos()
+    assert "rows 1 and 2 could both write x.safetensors" in capsys.readouterr().err and not videos()
     for names, shared in (("w.mp4 w_warp.mp4", "w_warp.mp4"), ("u.mp4 u.MP4", "u.mp4"), ("a.mp4 ./a.mp4", "a.mp4")):
         Path("jobs.csv").write_text("\n".join(["out", *names.split()]))
         assert run("--list", "jobs.csv") == 2
-        assert f"rows 1 and 2 would both write {shared}" in capsys.readouterr().err and not videos()
+        assert f"rows 1 and 2 could both write {shared}" in capsys.readouterr().err and not videos()
 
 
 @pytest.mark.parametrize("text, parts", [

@@ -147,7 +147,8 @@ def test_a_second_browser_sees_the_same_and_a_token_is_asked_for(browser, served
         press(page, "enter")
         page.get_by_text("generate", exact=True).first.wait_for(timeout=60000)
     press(first, "add keyframe")
-    second.locator("input[role=combobox][value='1: after 2 s']").wait_for(timeout=20000)
+    second.locator("input[role=combobox][value='0: the picture']").click()  # what is chosen is each page's own
+    second.get_by_role("option", name="1: after 2 s").wait_for(timeout=20000)
     first.locator("input[value='a car']").fill("a boat")
     second.locator("input[value='a boat']").wait_for(timeout=20000)
     second.close()

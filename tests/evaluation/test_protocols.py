@@ -113,7 +113,8 @@ def test_another_input_is_refused(davis, monkeypatch, capsys):
 @pytest.mark.parametrize("more, message", [
     (("stepz=1",), "--set stepz=1: expected"), (("seed=3",), "--set seed=3: expected --seed 3"),
     (("device=cuda",), "--set device=cuda: expected --device cuda"), (("check=true",), "--set check=true: does nothing"),
-    (("warp_fill=black",), "--set warp_fill=black: does nothing"), (("tf32=true", "--size", "65x64"), "--size"),
+    (("warp_fill=black",), "--set warp_fill=black: expected smooth or mean"),
+    (("warp_fill=mean", "--ablation"), "--set warp_fill=mean: does nothing"), (("tf32=true", "--size", "65x64"), "--size"),
     (("warp_band=mid", "--lora", str(HELIOS / "lora_noprefix.safetensors")), "trained with the warp in the short band"),
     (("tf32=true", "--part", "3/2"), "--part '3/2'"), (("tf32=true", "--poses", "{damaged}"), "cat.npy"),
 ])
@@ -137,7 +138,8 @@ def test_a_folder_of_others(davis, capsys, name, content, message):
     assert message in capsys.readouterr().err.splitlines()[-1] and len([*(davis / "table").iterdir()]) == 1
 
 
-@pytest.mark.parametrize("more, row", [((), "full, mean filling"), (("preset=realtime",), "full, smooth filling")])
+@pytest.mark.parametrize("more, row", [((), "full, mean filling"), (("preset=realtime",), "full, smooth filling"),
+                                       (("warp_fill=smooth",), "full, smooth filling")])
 def test_the_row_has_the_filling_of_its_settings(davis, monkeypatch, more, row):
     rows = []
     monkeypatch.setattr(make.Maker, "make", lambda self, case, path, settings, row: rows.append(row))

@@ -257,14 +257,17 @@ def test_the_rate_of_a_video(tmp_path, fps, rate):
 
 def test_what_a_videos_transparency_hides_is_white(tmp_path, capsys):
     """As a picture's."""
-    picture = np.full((32, 48, 4), (255, 0, 0, 255), np.uint8)
-    picture[:, :24, 3] = 0
-    with av.open(tmp_path / "v.mov", "w") as container:
-        stream = container.add_stream("qtrle", rate=12, width=48, height=32, pix_fmt="argb")
-        container.mux([*stream.encode(av.VideoFrame.from_ndarray(picture, "rgba")), *stream.encode()])
-    (frame,) = load_video(tmp_path / "v.mov")
-    assert frame[0, 0].tolist() == [255, 255, 255] and frame[0, -1].tolist() == [255, 0, 0]
-    assert capsys.readouterr().err.count("v.mov: has transparency, taken over white") == 1
+    for alpha, left, said in ((0, [255, 255, 255], 1), (255, [255, 0, 0], 0)):
+        picture = np.full((32, 48, 4), (255, 0, 0, 255), np.uint8)
+        picture[:, :24, 3] = alpha
+        with av.open(tmp_path / f"{alpha}.mov", "w") as container:
+            stream = container.add_stream("qtrle", rate=12, width=48, height=32, pix_fmt="argb")
+            for _ in range(2):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgba")))
+            container.mux(stream.encode())
+        for frame in load_video(tmp_path / f"{alpha}.mov"):
+            assert frame[0, 0].tolist() == left and frame[0, -1].tolist() == [255, 0, 0]
+        assert capsys.readouterr().err.count("mov: has transparency, taken over white") == said
 
 
 @pytest.mark.parametrize("quarters", [1, 2, 3])
