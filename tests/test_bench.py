@@ -191,6 +191,7 @@ def test_meta():
     (["--size", "96x64", "--meta"], "size 96x64: height and width must be multiples of 64"),
     (["--vae-size", "20"], "'20': expected HEIGHTxWIDTH"), (["--rounds", "0"], "--rounds 0"),
     (["--layers", "-1"], "--layers -1"), (["--vae-dim", "0"], "--vae-dim 0"),
+    (["--device", "foo", "text"], "device 'foo': expected cpu, mps, cuda"), (["--device", "cuda:99"], "no such device"),
 ])
 def test_bad_words(capsys, words, expected):
     assert expected in complaint(capsys, *words)

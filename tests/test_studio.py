@@ -324,6 +324,17 @@ def test_a_browser_that_leaves(studio, early):
     assert studio.changed == [] and pages == {3: None}
 
 
+def test_a_double_click_makes_one_page(studio):
+    client, pages = MagicMock(client_id=3), {}
+    view.admit(client, studio, "sesame", pages)
+    client.gui.add_text.return_value.value = "sesame"
+    (press,), _ = client.gui.add_button.return_value.on_click.call_args
+    for _ in range(2):
+        press(None)
+    view.leave(client, pages)
+    assert client.gui.add_tab_group.call_count == 1 and studio.changed == []
+
+
 @pytest.mark.parametrize("words, said", [
     (["--host", "0.0.0.0"], "--token"), (["--image", "none.png"], "none.png"), (["--port", "99999"], "0 to 65535"),
     (["--image", "image.png", "--move", "yaw 20"], "--move: not of the page"), (["--out=a.mp4"], "--out=a.mp4: not of"),

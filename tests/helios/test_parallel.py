@@ -32,7 +32,7 @@ from helios.flow import load_schedule
 from helios.load import embed_prompts, encode_each, load_models, load_network
 from helios.lora import Lora
 from helios.parallel import TokenShare, WeightShare
-from helios.team import SPLITS, Led, Team
+from helios.team import SPLITS, Led, Team, ranks
 from helios.text import UMT5Encoder
 from model import Band, Helios, HeliosConfig, History
 from render import Warp
@@ -218,6 +218,12 @@ def test_training_shares_its_draws(team):
     assert max(matrix.abs().max() for name, matrix in alone.tensors.items() if "lora_B" in name) > 1e-3
 
 
+def test_empty_words_of_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    assert ranks() == (0, 1)
+
+
 def test_a_run_of_two_is_one_with_twice_the_draws(tmp_path, monkeypatch):
     monkeypatch.setattr("train.ranks", lambda: (0, 2))
     args = parse_training(["--video", "car-roundabout", "--weights", str(DISTILLED), "--device", "cpu", "--set", "draws=3"])
@@ -337,12 +343,12 @@ def test_kill_of_one_ends_all_with_one_line(weights, tmp_path, size, victim):
     run = torchrun(size, *sample_words(weights, tmp_path))
     while run.poll() is None and not (tmp_path / "out_parts" / "state.safetensors").exists():
         time.sleep(0.05)
-    ranks = children(run.pid)
-    assert len(ranks) == size
-    os.kill(ranks[victim], signal.SIGKILL)
+    others = children(run.pid)
+    assert len(others) == size
+    os.kill(others[victim], signal.SIGKILL)
     _, errors = run.communicate(timeout=60)
     assert run.returncode != 0
     said = [line for line in errors.splitlines() if "sample.py: error" in line]
     assert len(said) == 1 and f"one of the {size} processes was stopped" in said[0], errors
-    assert not any(Path(f"/proc/{rank}").exists() for rank in ranks)
+    assert not any(Path(f"/proc/{rank}").exists() for rank in others)
     assert "]: Traceback" not in errors  # torchrun's own has no rank in front
