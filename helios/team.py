@@ -210,7 +210,7 @@ class Team:
         else:
             self.network = fill(build(kind, folder), weight_files(folder), self.device, network_dtype(self.device),
                                 kind.fp8 if memory == "fp8" else (), self.weights)
-        return self.network
+        return self.network.train(self.split == "draws")  # when fp8 weights are cast back, also for the text
 
     def do_lora(self, words: dict, tensors: list[Tensor]) -> None:
         if tensors:
@@ -238,7 +238,7 @@ class Team:
         matrices, tensors = tensors[:2 * len(names)], tensors[2 * len(names):]
         if self.rank:  # rank 0 has its own, and what steps them
             matrices = [matrix.requires_grad_() for matrix in matrices]
-            network.train().checkpointing, network.keep_attention = words["checkpointing"], words["keep_attention"]
+            network.checkpointing, network.keep_attention = words["checkpointing"], words["keep_attention"]
             network.set_lora(Lora("", {name: (down, up, scale) for name, down, up, scale in
                                        zip(names, matrices[::2], matrices[1::2], words["scales"])}))
         else:

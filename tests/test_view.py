@@ -149,6 +149,7 @@ def test_a_second_browser_sees_the_same_and_a_token_is_asked_for(browser, served
     press(first, "add keyframe")
     second.locator("input[role=combobox][value='0: the picture']").click()  # what is chosen is each page's own
     second.get_by_role("option", name="1: after 2 s").wait_for(timeout=20000)
+    assert second.locator("input[role=combobox][value='0: the picture']").count() == 1
     first.locator("input[value='a car']").fill("a boat")
     second.locator("input[value='a boat']").wait_for(timeout=20000)
     second.close()

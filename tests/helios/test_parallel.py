@@ -201,6 +201,7 @@ def test_training_shares_its_draws(team):
     recipe = Recipe(steps=4, draws=3, stages=(0, 1), rank=4, lr=1e-2, warmup=1)
     team.begin("draws", "cpu")
     led = team.load(Helios, DISTILLED / "transformer", "cpu")
+    assert led.network.training
     schedule, embeddings = load_schedule(DISTILLED), torch.randn(1, 8, 32, generator=generator)
     alone = Trainer(load(Helios, DISTILLED / "transformer"), schedule, recipe)
     several = Trainer(led.network, schedule, recipe, led)

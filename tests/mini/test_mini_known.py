@@ -12,11 +12,13 @@ import torch
 
 import evaluate
 from evaluation.quality import measure
-from files.media import to_frames
+from files.media import from_frames, to_frames
 from geometry.camera import WINDOW
+from geometry.surface import geometry_from_depth
 from mini import judge, known
 from mini.pretrain import HELD_OUT
 from mini.world import make_clip, make_scene
+from render import RenderSettings
 
 SMALL = 64, 96
 WEIGHTS = Path(__file__).parents[2] / "weights" / "mini"
@@ -31,6 +33,15 @@ def suited(seed):
 @cache
 def make_scene_of(seed):
     return known.scene_of(make_clip(suited(seed), WINDOW, SMALL))
+
+
+def test_an_estimated_warp_is_rendered_as_set(monkeypatch):
+    clip, seen = make_clip(HELD_OUT + 2000, WINDOW, SMALL), []
+    geometry = geometry_from_depth(from_frames(clip.frames)[:, :, 0], clip.depth[0].clamp(max=50), clip.K)
+    monkeypatch.setattr(known, "estimate", lambda *_: [geometry])
+    monkeypatch.setattr(known, "render", lambda *words: seen.append(words[3]))
+    known.scene_of(clip, object(), RenderSettings(2))
+    assert seen == [RenderSettings(2)]
 
 
 def shown(scene):
