@@ -190,17 +190,17 @@ def pictures(chunk: Chunk) -> dict[str, np.ndarray]:
     return rows
 
 
+BESIDE = {"warp": "_warp.mp4", "sheet": "_sheet.png", "path": "_path.json", "check": "_check.json"}  # the video
+
+
 def name_files(args: argparse.Namespace, settings: Settings) -> tuple[dict[str, Path], list[Path]]:
     """All that the run will write, by name, and all that it reads. Raises ValueError or OSError if these meet, or can't
     be written or read."""
     led = bool(existing(args.poses, args.move, args.warp))
-    outputs = beside(args.out, **({"warp": "_warp.mp4"} if led else {}), sheet="_sheet.png")
+    wanted = {"warp": led, "sheet": True, "path": is_filmed(args), "check": settings.check}
+    outputs = beside(args.out, **{name: ending for name, ending in BESIDE.items() if wanted[name]})
     if settings.latents is not None:
         outputs["latents"] = settings.latents
-    if settings.check:
-        outputs["check"] = args.out.with_name(f"{args.out.stem}_check.json")
-    if is_filmed(args):
-        outputs["path"] = args.out.with_name(f"{args.out.stem}_path.json")
     geometry = find_pi3x(settings.geometry, args.weights)
     lora = find_lora(args.lora, args.weights, led, settings.warp_band)
     tiny = None if settings.vae == "wan" else find_taehv(args.weights)
@@ -338,9 +338,8 @@ def list_rows(args: argparse.Namespace, settings: Settings) -> list[tuple[int, d
     writers: dict[Path, int] = {}
     for number, row in rows:
         out, latents = Path(row["out"] or ""), row.get("latents") or settings.latents
-        ends = (".mp4", "_warp.mp4", "_sheet.png", "_path.json", "_check.json", "_parts") if out.name else ()
-        latents = None if latents in (None, "none") else Path(latents)
-        for file in existing(*(out.with_name(out.stem + end) for end in ends), latents):
+        names = [out.with_name(out.stem + end) for end in (".mp4", *BESIDE.values(), "_parts")] if out.name else []
+        for file in existing(*names, None if latents in (None, "none") else Path(latents)):
             if (other := writers.setdefault(real(file), number)) != number:
                 raise ValueError(f"{args.list}: rows {other} and {number} could both write {file}")
     return rows[first - 1::step]
