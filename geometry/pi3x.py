@@ -303,8 +303,6 @@ class Pi3X(Network):
 
     Config = Pi3XConfig
     fp32 = ("norm", "gamma", "token", "pos_embed", "image_", "_head.", "depth_emb")  # stay fp32 in a bf16 model
-    # of the camera head's nine numbers; training sets another
-    rotation: Callable[[Tensor], Tensor] = staticmethod(nearest_rotation)
     image_mean: Tensor
     image_std: Tensor
 
@@ -415,7 +413,7 @@ class Pi3X(Network):
 
         z = log_z.clamp_max(15).exp()
         local, rays = torch.cat([xy * z, z], dim=-1), F.normalize(F.pad(xy, (0, 1), value=1.0), dim=-1)
-        c2w = torch.cat([self.rotation(nine), translation[..., None]], dim=-1)
+        c2w = torch.cat([nearest_rotation(nine), translation[..., None]], dim=-1)
         local, rays, confidence, c2w = (
             rearrange(x, "(b n) ... -> b n ...", n=count) for x in (local, rays, confidence[..., 0], c2w)
         )

@@ -1,17 +1,18 @@
 """The miniature's geometry: a small Pi3X, trained on rendered pictures whose depth and cameras are known.
 
-    python -m mini.geometry train --steps 15000     # goes on where it was stopped
+    python -m mini.geometry train --steps 15000     # goes on where it was stopped; --start: from an export
     python -m mini.geometry export                  # weights/mini/Pi3X/model.safetensors
     python -m mini.geometry evaluate                # these on 40 held-out scenes, as a table
 
-That gives depth, not how cameras stand to each other (docs/miniature.md). The network is that of pi3x.py and sees
-pictures as `surface.estimate` shows them. Losses after Pi3 (arXiv 2507.13347), on what the renderer reads: depth in the
-network's unit, which is to be a set's median depth, and this in meters (the metric branch); rays, which give the focal
-lengths; relative poses; confidence, low in the sky, so that the renderer drops it. Left out: Pi3's alignment of scale,
-as it is known here, and its loss on normals; `edges` is in its place.
+The network is that of pi3x.py and sees pictures as `surface.estimate` shows them. Losses after Pi3 (arXiv 2507.13347),
+on what the renderer reads: depth in the network's unit, which is to be a set's median depth, and this in meters (the
+metric branch); rays, which give the focal lengths; confidence, low in the sky, so that the renderer drops it. Left out:
+Pi3's alignment of scale, as it is known here; its loss on normals, which `edges` stands for; and how cameras stand to
+each other, which a network of this size did not learn (docs/miniature.md): its camera branch stays what it is.
 """
 
 import argparse
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -40,10 +41,9 @@ CONFIG = Pi3XConfig(dim=192, grid=9, registers=1, specials=1, encoder_blocks=4, 
 INPUT = surface.geometry_size(*SIZE, CONFIG.pixels)  # what the network sees of a video
 DRAWN = SIZE, SIZE, (SIZE[0] * 5 // 8, SIZE[1] * 5 // 8), INPUT  # generated pictures are blurred, others sharper
 PICTURES = 9  # in a step, at most
-MIRROR = torch.diag(torch.tensor([-1.0, 1, 1, 1]))
+POOL = 1500  # steps with new scenes; from then on these come again, in other colours
 HAZE = 40.0  # meters: what is as far cannot be told from the sky
-WEIGHTS = {"depth": 1.0, "edges": 1.0, "rays": 3.0, "unit": 0.3, "confidence": 0.2, "turn": 20.0, "place": 10.0,
-           "hand": 5.0}
+WEIGHTS = {"depth": 1.0, "edges": 1.0, "rays": 3.0, "unit": 0.3, "confidence": 0.2}
 
 
 class Views(NamedTuple):
@@ -52,7 +52,6 @@ class Views(NamedTuple):
     images: Tensor  # [B, N, 3, H, W] in [0, 1]
     depth: Tensor  # [B, N, H, W] meters, inf in the sky and the haze
     slopes: Tensor  # [B, 1, H, W, 2] x / z and y / z of every pixel's ray
-    c2w: Tensor  # [B, N, 4, 4]
 
 
 def stretched(fov_x: float, size: tuple[int, int]) -> Tensor:
@@ -68,59 +67,38 @@ def recolored(pictures: Tensor, rng: Random, generator: torch.Generator) -> Tens
     return images.clamp(0, 1)
 
 
-def draw_views(seed: int, count: int) -> Views:
-    """A set of `count` frames of one random clip; mirrored, recoloured and noisy at random."""
-    rng, generator = Random(seed), torch.Generator().manual_seed(seed)
+@cache
+def draw_frames(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`count` frames of one random clip: pictures [N,h,w,3] uint8, depths [N,H,W], and K [3,3] at the depths' size."""
+    rng = Random(seed)
     scene, frames = world.make_scene(rng), WINDOW // 2 if count == 1 else 2 * WINDOW
     path, fov_x = world.make_path(scene, rng, frames), rng.uniform(45, 85)
     c2w, drawn, K = path[sorted(rng.sample(range(frames), count))], rng.choice(DRAWN), stretched(fov_x, INPUT)
     pictures, depth = world.render(scene, c2w, K, INPUT, 2 if drawn == INPUT else 1)
     if drawn != INPUT:
         pictures, _ = world.render(scene, c2w, stretched(fov_x, drawn), drawn)
-    images = resize(recolored(pictures, rng, generator), INPUT)
+    return pictures, depth, K
+
+
+def draw_views(seed: int, count: int, turn: int) -> Views:
+    """A set of `count` frames; mirrored, recoloured and noisy in a `turn` of its own."""
+    rng, generator = Random(turn), torch.Generator().manual_seed(turn)
+    pictures, depth, K = draw_frames(seed, count)
     slopes = surface.unproject(torch.ones(INPUT), K, torch.eye(4))[..., :2]
+    images = resize(recolored(pictures, rng, generator), INPUT)
     if rng.random() < 0.5:  # the slopes are symmetric
-        images, depth, c2w = images.flip(-1), depth.flip(-1), MIRROR @ c2w @ MIRROR
-    return Views(images[None], depth.where(depth < HAZE, torch.inf)[None], slopes[None, None], c2w[None])
+        images, depth = images.flip(-1), depth.flip(-1)
+    return Views(images[None], depth.where(depth < HAZE, torch.inf)[None], slopes[None, None])
 
 
-def batch(first: int, count: int) -> Views:
+def batch(first: int, count: int, turn: int = 0) -> Views:
     """A step's sets of `count` pictures, of the seeds from `first` on."""
-    sets = (draw_views(first + index, count) for index in range(PICTURES // count))
+    sets = (draw_views(first + index, count, turn + index) for index in range(PICTURES // count))
     return Views(*map(torch.cat, zip(*sets)))
 
 
-def scaled(c2w: Tensor, scale: Tensor) -> Tensor:
-    """Cameras [B,N,4,4] with their places times `scale` [B]."""
-    factors = torch.ones(len(c2w), 1, 4, 4)
-    factors[..., :3, 3] = scale[:, None, None]
-    return c2w * factors
-
-
-def seen_from_each(c2w: Tensor) -> tuple[Tensor, Tensor]:
-    """Cameras [B,N,4,4] as seen from each other: turns [B,N,N,3,3] and places [B,N,N,3]."""
-    turn, place = c2w[..., :3, :3], c2w[..., :3, 3]
-    return (turn.mT[:, :, None] @ turn[:, None],
-            torch.einsum("bikx,bijk->bijx", turn, place[:, None] - place[:, :, None]))
-
-
-def unit_rows(nine: Tensor) -> Tensor:
-    """Stands for `heads.nearest_rotation` in training: the gradient of an SVD breaks down at a rotation, where the
-    singular values are equal. The rows get orthogonal too, for a camera as seen from itself shall be the identity."""
-    return F.normalize(nine.unflatten(-1, (3, 3)), dim=-1)
-
-
-def camera_losses(found: Tensor, true: Tensor) -> dict[str, Tensor]:
-    """Of cameras [B,N,4,4], as seen from each other, and of the hand: how cameras stand to each other is the same if
-    all are reflected, but `nearest_rotation` would turn such ones to anywhere."""
-    (found_turn, found_place), (turn, place) = seen_from_each(found), seen_from_each(true)
-    x, y, z = found[..., :3, :3].unbind(-2)
-    return {"turn": (found_turn - turn).abs().mean(), "place": (found_place - place).abs().mean(),
-            "hand": (torch.linalg.cross(x, y) - z).abs().mean()}
-
-
 def losses(prediction: Prediction, views: Views) -> dict[str, Tensor]:
-    """Means, to be weighted; of relative poses only if there are any."""
+    """Means, to be weighted."""
     known, local = views.depth.isfinite(), prediction.local_points
     unit = views.depth.where(known, torch.nan).flatten(1).nanmedian(1).values  # [B]
     wanted = (views.depth / unit[:, None, None, None]).where(known, 1).log()
@@ -134,22 +112,21 @@ def losses(prediction: Prediction, views: Views) -> dict[str, Tensor]:
     parts["unit"] = (prediction.metric / unit).log().abs().mean()
     right = known & (error.detach().abs() < 0.1)
     parts["confidence"] = F.binary_cross_entropy_with_logits(prediction.confidence, right.float())
-    if views.images.shape[1] > 1:
-        parts |= camera_losses(scaled(prediction.c2w, 1 / prediction.metric), scaled(views.c2w, 1 / unit))
     return parts
 
 
-def train(folder: Path, recipe: Recipe) -> None:
+def train(folder: Path, recipe: Recipe, start: Path | None = None) -> None:
     """State and log are `geometry.safetensors` and `.jsonl` in `folder`; logged are the losses on held-out pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    network = Pi3X(CONFIG)
-    network.rotation = unit_rows
+    network = (Pi3X(CONFIG) if start is None else load_pi3x(start)).train().requires_grad_()
+    for part in (network.camera_decoder, network.camera_head):
+        part.requires_grad_(False)
     held_out = [batch(HELD_OUT + PICTURES * index, count) for index, count in enumerate((1, 1, 1, 2, 3))]
 
     def accumulate(network: Pi3X, step: int, rank: int) -> float:
         turn = 2 * step + rank
-        views = batch(turn * PICTURES % HELD_OUT, Random(turn).choice((1, 1, 2, 3)))
+        views = batch(turn % POOL * PICTURES, Random(turn % POOL).choice((1, 1, 2, 3)), turn * PICTURES)
         loss = torch.stack([WEIGHTS[name] * part for name, part in losses(network(views.images), views).items()]).sum()
         loss.backward()
         return loss.item()
@@ -157,7 +134,7 @@ def train(folder: Path, recipe: Recipe) -> None:
     @torch.no_grad()
     def validate(network: Pi3X) -> dict:
         parts = [losses(network(views.images), views) for views in held_out]
-        return {name: torch.stack([part[name] for part in parts if name in part]).mean().item() for name in WEIGHTS}
+        return {name: torch.stack([part[name] for part in parts]).mean().item() for name in WEIGHTS}
 
     fit(network, accumulate, validate, recipe, folder / "geometry.safetensors")
 
@@ -210,12 +187,13 @@ def main() -> None:
     parser.add_argument("part", choices=("train", "export", "evaluate"))
     parser.add_argument("--folder", type=Path, default=Path("runs/mini"), help="state and log of the training")
     parser.add_argument("--weights", type=Path, default=Path("weights/mini/Pi3X/model.safetensors"))
+    parser.add_argument("--start", type=Path, help="weights to begin with")
     parser.add_argument("--steps", type=int, default=15000)
     parser.add_argument("--decay", type=int, default=5000, help="steps at the end over which the learning rate falls")
     parser.add_argument("--lr", type=float, default=1e-3)
     args = parser.parse_args()
     if args.part == "train":
-        train(args.folder, Recipe(args.steps, args.decay, args.lr))
+        train(args.folder, Recipe(args.steps, args.decay, args.lr), args.start)
     elif args.part == "export":
         export(args.folder / "geometry.safetensors", args.weights)
     else:
