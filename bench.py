@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import wah
 from files.checkpoint import kept_dtype, load
 from files.cli import parse_size, run_program
-from files.machine import Clock, network_dtype, use_device
+from files.machine import Clock, allow_tf32, network_dtype, use_device
 from helios.flow import Schedule
 from helios.load import Models, Prompts
 from helios.text import Tokenizer, UMT5Encoder, encode_prompt
@@ -354,6 +354,7 @@ def run(args: argparse.Namespace) -> None:
     if missing and args.parts != ["card"]:
         raise ValueError(f"{', '.join(missing)}: not installed; the peers come with pip install '.[test]'")
     use_device(args.device)
+    allow_tf32(True)  # as sample.py and train.py do
     device, dtype = torch.device(args.device), network_dtype(args.device)
     rate = matmul_rate(device, dtype)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else (

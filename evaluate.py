@@ -35,7 +35,7 @@ from files.checkpoint import read_json
 from files.cli import Parser, existing, parse_size, run_program
 from files.draw import draw_means, save_png
 from files.machine import allow_tf32, choose_products, network_dtype, use_device
-from files.settings import read_part
+from files.settings import part_of
 from files.writing import check_apart, fingerprint, replacing
 from geometry.camera import WINDOW
 from geometry.pi3x import Pi3X, find_pi3x, load_pi3x
@@ -88,14 +88,6 @@ def parse(words: list[str]) -> argparse.Namespace:
                        help="frames whose camera is searched (default: 16 32)")
     group.add_argument("--processes", type=int, default=os.cpu_count())
     return parser.parse_args(words)
-
-
-def part_of(text: str) -> slice:
-    """"2/4" -> every fourth from the second on."""
-    first, step = read_part(text)
-    if not first:
-        raise ValueError(f"--part {text!r}: expected i/N with i from 1 to N, as in 1/4")
-    return slice(first - 1, None, step)
 
 
 def write(out: Path, head: list[str], rows: Rows, reference: str | None, shown: str, show: Show,

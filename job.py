@@ -31,7 +31,7 @@ from files.media import (
     tell_clip,
     tell_shape,
 )
-from files.settings import parse_settings, read_part, require
+from files.settings import parse_settings, require
 from files.video import is_film
 from geometry.camera import WINDOW, CameraPath, describe, hold, resolve_lens, retime
 from geometry.pi3x import Pi3X, find_pi3x, load_pi3x, pi3x_source
@@ -97,7 +97,6 @@ class Settings(Options):
             ("prompt_blend", 1 <= self.prompt_blend <= 100, "from 1 to 100"),
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
             ("split", self.split in SPLITS, " or ".join(SPLITS)),
-            ("part", read_part(self.part)[0] > 0, "i/N, with i from 1 to N"),
             ("samples", 1 <= self.samples <= 16, "from 1 to 16"),
             ("geometry_pixels", 1000 <= (self.geometry_pixels or 1000) <= 10**7, "from 1000 to 10000000"),
             ("keyframes", self.keyframes is None or self.keyframes >= 1, "at least 1"),
@@ -218,6 +217,10 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
                 "image_sigma": (settings.image_noise or args.video is not None and not path and settings.video_noise,
                                 "image_noise=true, or a clip that is continued"),
                 "relative": (path and args.video is not None, "--video and a camera path: --poses or --move"),
+                "prompt_blend": ("|" in args.prompt, "a prompt for each chunk, with | between"),
+                "zero_star": (settings.guidance > 1, "guidance above 1"),
+                "zero_steps": (settings.guidance > 1 and settings.zero_star, "guidance above 1 and zero_star=true"),
+                "amplify_first_chunk": (load_schedule(args.weights).sampler == "dmd", "the dmd sampler"),
                 "known_poses": (alone and keyframes > 1, "--image, a camera path and keyframes=2 or more"),
                 "keyframe_choice": (alone and keyframes > 2, "--image, a camera path and keyframes=3 or more")}
              | {name: (args.video is not None and not path, "a clip that is continued: --video and no camera path")

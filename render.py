@@ -375,6 +375,8 @@ def preview(args: argparse.Namespace) -> None:
     """Render the path that the arguments describe; write the warp, its mask, a contact sheet and a top view."""
     size = parse_size(args.size)
     check_frames(args.frames)
+    if args.inverse_depth and args.depth is None:
+        raise ValueError("--inverse-depth: needs --depth")
     outputs = beside(args.out, mask="_mask.mp4", sheet="_sheet.png", path="_path.png", cloud="_cloud.ply")
     inputs = existing(args.image, args.poses, args.depth, args.geometry)
     check_outputs(outputs, inputs)

@@ -35,7 +35,7 @@ from files.machine import allow_tf32, describe_machine, network_dtype, out_of_me
 from files.measure import steadiness
 from files.media import read_frames, to_frames, to_u8
 from files.output import Output, parts_folder
-from files.settings import read_part, setting_names
+from files.settings import part_of, setting_names
 from files.table import check_row, read_table
 from files.video import try_encoder
 from files.writing import beside, check_apart, check_outputs, fingerprint, real, replacing
@@ -328,7 +328,7 @@ def make(args: argparse.Namespace, settings: Settings, networks: Networks) -> bo
 
 def list_rows(args: argparse.Namespace, settings: Settings) -> list[tuple[int, dict]]:
     """The rows of --list that are this run's part, and their numbers in the file, from 1 on."""
-    first, step = read_part(settings.part)
+    part = part_of(settings.part)
     rows = list(enumerate(read_table(args.list, ("out",), dict), 1))
     parser_options = {name for name, value in vars(args).items() if not isinstance(value, list)} | {"warp"}
     known = parser_options - {"list", "resume", "words"} | {*setting_names(settings)} - {"device", "split", "part"}
@@ -342,7 +342,7 @@ def list_rows(args: argparse.Namespace, settings: Settings) -> list[tuple[int, d
         for file in existing(*names, None if latents in (None, "none") else Path(latents)):
             if (other := writers.setdefault(real(file), number)) != number:
                 raise ValueError(f"{args.list}: rows {other} and {number} could both write {file}")
-    return rows[first - 1::step]
+    return rows[part]
 
 
 def row_args(args: argparse.Namespace, row: dict) -> argparse.Namespace:

@@ -247,7 +247,7 @@ class Studio:
         """The film as "mp4", its path as "json" (which sample.py reads), the picture's points as "ply"."""
         if kind == "json":
             path = self.path if len(self.path) else self.planned()
-            return path_json(CameraPath(path, self.fps)).encode()
+            return path_json(CameraPath(path, self.fps, self.settings.unit or "depth")).encode()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"film.{kind}"
             if kind == "ply":

@@ -283,12 +283,17 @@ class Job:
     index: ModelIndex
 
 
+def read_recipe(index: ModelIndex, settings: list[str]) -> Recipe:
+    """The official recipe, over it the weights' own, with the holes that sampling will show, over both `settings`."""
+    return parse_settings([*index.train, *settings], Recipe(warp_fill=index.warp_fill))
+
+
 def check(args: argparse.Namespace) -> Job:
     """What can be said of the words alone."""
     use_device(args.device)
     args.weights = check_weights(args.weights)
     index, schedule = read_index(args.weights), load_schedule(args.weights)
-    recipe = parse_settings([*index.train, *args.set], Recipe())
+    recipe = read_recipe(index, args.set)
     recipe = replace(recipe, draws=recipe.draws * ranks()[1])  # of all processes: a run is that of one with as many
     sources = read_sources(args.video, args.prompt)
     if args.memory == "stream" and not recipe.checkpointing:

@@ -118,7 +118,7 @@ class Options:
     image_sigma: tuple[float, float] = (0.111, 0.135)  # its share, and that of a video
     video_noise: bool = True  # the latents of a video that is continued get noise
     previous: tuple[int, int, int] = BANDS  # latent frames of earlier chunks beside the warp: long, mid, short
-    mask_lag: bool = True  # kept for parity: after chunk 0 an official mask runs one frame ahead of its warp
+    mask_lag: bool = True  # kept for parity: after chunk 0 an official mask is that of one frame earlier than its warp
     # the first latent that continues a video is overwritten with the video's first, as officially
     restart: bool = False
 

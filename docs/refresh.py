@@ -39,7 +39,8 @@ def settings_table(module: str, name: str) -> str:
         comment = " ".join([*above, lines[field.end_lineno - 1].partition("  # ")[2]]).strip()
         known = not isinstance(field.value, ast.Call)  # else it depends on the machine
         default = show_value(getattr(settings, field.target.id)) if known else ""
-        rows.append(f"| `{field.target.id}` | {default} | {comment} |")
+        escaped = comment.replace("|", r"\|")  # else it would end the cell
+        rows.append(f"| `{field.target.id}` | {default} | {escaped} |")
     return "\n".join(rows)
 
 

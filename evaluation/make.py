@@ -11,7 +11,6 @@ import torch
 import sample
 from evaluation.ablation import Way, folder_name
 from evaluation.protocols import Case
-from files.media import to_frames
 from files.settings import show_value
 from files.video import write_video
 from files.writing import replacing
@@ -74,21 +73,18 @@ class Maker:
         generator = torch.Generator().manual_seed(job.settings.seed)
         rollout = Rollout(models, prompts[0], job.size, generator, job.start.image,
                           camera=job.start.camera if way.led else None, lora=job.lora, options=job.settings)
-        parts: dict[str, list[np.ndarray]] = {"video": [], "warp": [], "mask": []}
+        chunks = []
         for control in job.controls:
             prompt = prompt_at(prompts, rollout.chunk, job.settings.prompt_blend)
             poses, zoom = (control.poses, control.zoom) if way.led else (None, None)
-            chunk = rollout.next(poses, prompts=prompt, zoom=zoom)
-            parts["video"].append(to_frames(chunk.frames))
-            if chunk.warp is not None:
-                parts["warp"].append(to_frames(chunk.warp.frames[:, :, -WINDOW:]))
-                parts["mask"].append(chunk.warp.visible[0, 0, -WINDOW:].cpu().numpy() > 0.5)
+            chunks.append(sample.pictures(rollout.next(poses, prompts=prompt, zoom=zoom)))
+        made = {name: np.concatenate([rows[name] for rows in chunks]) for name in chunks[0]}
         video = self.video(row, case.name)
         files = {"warp": video.with_name(f"{case.name}_warp.mp4"), "mask": self.mask(case.name)} if way.led else {}
         for file in (video, *files.values()):
             file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(files | {"video": video}) as names:  # the video last: it says that all is there
+        with replacing(files | {"result": video}) as names:  # the video last: it says that all is there
             for name in names.keys() - {"mask"}:
-                write_video(names[name], np.concatenate(parts[name]), job.fps)
+                write_video(names[name], made[name], job.fps)
             if "mask" in names:
-                np.save(names["mask"], np.concatenate(parts["mask"]))
+                np.save(names["mask"], made["mask"][..., 0] > 127)

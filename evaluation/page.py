@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from evaluation.compare import fit
-from evaluation.table import Rows, cell, column, differences, metrics_of, title
+from evaluation.table import Rows, cell, metrics_of, tables, title
 from files.video import write_video
 
 SHOWN, WIDTH, FPS = 5, 320, 16  # videos of each end, their width at most, their frame rate
@@ -42,11 +42,11 @@ def embed(frames: np.ndarray) -> str:
         return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
 
 
-def grid(columns: list[str], lines: dict[str, list[str]]) -> str:
+def grid(corner: str, columns: list[str], lines: dict[str, list[str]]) -> str:
     head = "".join(f"<th>{html.escape(each)}</th>" for each in columns)
     body = "".join(f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{each}</td>' for each in cells)}</tr>\n"
                    for name, cells in lines.items())
-    return f'<div class="wide"><table><tr><th></th>{head}</tr>\n{body}</table></div>\n'
+    return f'<div class="wide"><table><tr><th>{html.escape(corner)}</th>{head}</tr>\n{body}</table></div>\n'
 
 
 def ranked(row: dict[str, dict[str, float]], metric: str) -> list[str]:
@@ -66,15 +66,8 @@ def make_page(head: list[str], rows: Rows, reference: str | None, shown: str,
     """`show` gives the videos of a name by their labels; ranked are those of the row `shown`, by its first metric."""
     metrics = metrics_of(rows)
     parts = ["<h1>Videos, measured</h1>\n<ul>", *(f"<li>{html.escape(line)}</li>" for line in head), "</ul>",
-             "<h2>Means and their standard errors</h2>",
-             grid(["videos", *map(title, metrics)], {
-                 name: [str(len(row)), *(cell(column(row, metric), metric) for metric in metrics)]
-                 for name, row in rows.items()})]
-    if reference is not None and len(rows) > 1:
-        parts += [f"<h2>Differences from {html.escape(reference)}, video by video</h2>",
-                  grid(list(map(title, metrics)), {
-                      name: [cell(differences(row, rows[reference], metric), metric, True) for metric in metrics]
-                      for name, row in rows.items() if name != reference})]
+             "<h2>Means and their standard errors</h2>"]
+    parts += [grid(*table) for table in tables(rows, reference)]
     metric = metrics_of({shown: rows[shown]})[0]
     names = ranked(rows[shown], metric)
     worst = names[:SHOWN]
@@ -86,7 +79,7 @@ def make_page(head: list[str], rows: Rows, reference: str | None, shown: str,
                   for name in chosen]
     each = {f"{name}, {row}": [cell([values[metric]] if metric in values else [], metric) for metric in metrics]
             for row, videos in rows.items() for name, values in videos.items()}
-    parts += ["<h2>Every video</h2><details><summary>numbers</summary>", grid(list(map(title, metrics)), each),
+    parts += ["<h2>Every video</h2><details><summary>numbers</summary>", grid("", [*map(title, metrics)], each),
               "</details>"]
     body = "\n".join(parts)
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Videos, measured</title>\n'

@@ -9,6 +9,7 @@ import math
 import numpy as np
 
 Rows = dict[str, dict[str, dict[str, float]]]
+Table = tuple[str, list[str], dict[str, list[str]]]  # corner, columns, name -> cells
 
 TITLES = {"psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "R-Err": "R-Err, degrees", "turn": "camera turn, degrees",
           "shift": "camera shift, m", "flicker": "flicker, grey levels"}
@@ -53,29 +54,30 @@ def differences(row: dict[str, dict[str, float]], other: dict[str, dict[str, flo
             if metric in values and metric in other.get(video, {})]
 
 
+def tables(rows: Rows, reference: str | None = None) -> list[Table]:
+    """The means of all rows, and every other row's differences from the `reference`."""
+    columns = metrics_of(rows)
+    found = [("", ["videos", *map(title, columns)], {
+        name: [str(len(row)), *(cell(column(row, metric), metric) for metric in columns)]
+        for name, row in rows.items()})]
+    if reference is not None and len(rows) > 1:
+        one, columns = rows[reference], metrics_of({reference: rows[reference]})
+        found.append((f"difference from {reference}", [*map(title, columns)], {
+            name: [cell(differences(row, one, metric), metric, signed=True) for metric in columns]
+            for name, row in rows.items() if name != reference}))
+    return found
+
+
 def grid(corner: str, columns: list[str], lines: dict[str, list[str]]) -> str:
     rows = [[corner, *columns], ["---"] * (len(columns) + 1), *([name, *cells] for name, cells in lines.items())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
 def means(rows: Rows) -> str:
-    columns = metrics_of(rows)
-    lines = {name: [cell(column(row, metric), metric) for metric in columns] for name, row in rows.items()}
-    return grid("", ["videos", *map(title, columns)], {name: [str(len(rows[name])), *cells]
-                                                       for name, cells in lines.items()})
-
-
-def paired(rows: Rows, reference: str) -> str:
-    """Every row's differences from the `reference` row."""
-    columns = metrics_of({reference: rows[reference]})
-    lines = {name: [cell(differences(row, rows[reference], metric), metric, signed=True) for metric in columns]
-             for name, row in rows.items() if name != reference}
-    return grid(f"difference from {reference}", list(map(title, columns)), lines)
+    return grid(*tables(rows)[0])
 
 
 def markdown(head: list[str], rows: Rows, reference: str | None = None) -> str:
     """The whole page: how it was measured, the means, the differences."""
-    parts = ["\n".join(f"* {line}" for line in head) + "\n", means(rows)]
-    if reference is not None and len(rows) > 1:
-        parts.append(paired(rows, reference))
+    parts = "\n".join(f"* {line}" for line in head) + "\n", *(grid(*table) for table in tables(rows, reference))
     return "\n".join(parts)

@@ -43,11 +43,12 @@ def read_value(text: str, kind: Any) -> Any:
     return value
 
 
-def read_part(text: str) -> tuple[int, int]:
-    """"2/4", every fourth from the second on, as numbers; zeros for words that are no i/N with i from 1 to N."""
+def part_of(text: str) -> slice:
+    """"2/4" -> every fourth from the second on. Raises ValueError unless it is i/N with i from 1 to N."""
     words = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
-    first, step = (int(words[1]), int(words[2])) if words else (0, 0)
-    return (first, step) if 1 <= first <= step else (0, 0)
+    if not words or not 1 <= int(words[1]) <= int(words[2]):
+        raise ValueError(f"--part {text!r}: expected i/N with i from 1 to N, as in 1/4")
+    return slice(int(words[1]) - 1, None, int(words[2]))
 
 
 def show_value(value: Any) -> str:

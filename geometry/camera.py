@@ -85,9 +85,8 @@ def unit_length(unit: str, median: float) -> float:
         return 1.0
     share = re.fullmatch(r"([0-9.e+-]*)(depth)?", unit)
     try:
-        assert share
-        length = float(share[1] or 1 / DEPTH) * (median if share[2] else 1)
-    except (AssertionError, ValueError):
+        length = float(share[1] or 1 / DEPTH) * (median if share[2] else 1) if share else math.nan
+    except ValueError:
         length = math.nan
     if not (0 < length < 1e9 and unit):
         raise ValueError(f"unit {unit!r}: expected depth, meter, same, a number, or a share as in 0.05depth")

@@ -8,7 +8,8 @@ from files.arrays import Arrays
 from geometry.recording import Recording, numbers, pinhole_of
 
 POSES = {  # name of the array -> convention
-    "camera_poses": "c2w", "c2w": "c2w", "c2ws": "c2w", "cam_c2w": "c2w", "poses": "c2w", "pose": "c2w", "": "c2w",
+    "camera_poses": "c2w", "c2w": "c2w", "c2ws": "c2w", "cam_c2w": "c2w", "poses": "c2w", "pose": "c2w",
+    "": "c2w", "arr_0": "c2w",  # of np.save, and of np.savez without a name
     "w2c": "w2c", "w2cs": "w2c", "extrinsic": "w2c", "extrinsics": "w2c", "data": "c2w",
 }  # fmt: skip
 LENSES = ("intrinsics", "intrinsic", "K", "Ks")

@@ -106,6 +106,8 @@ def jump(c2w: Tensor) -> list[str]:
 def keep_time(path: CameraPath, times: np.ndarray, where: str, counted: bool, fill: bool) -> CameraPath:
     """The rate that time stamps tell; frames that are missing between others come back, halfway between neighbours."""
     steps = np.diff(times)
+    if not 0 < steps.min() <= steps.max() < np.inf:
+        raise ValueError(f"{where}: two frames have the same time, or one has none that is finite")
     step = np.median(steps)
     if fill and steps.max() > 1.5 * step:
         count = round((times[-1] - times[0]) / step) + 1

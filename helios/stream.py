@@ -29,6 +29,7 @@ class Courier:
     * a copy into a buffer begins after all that was asked of its old block: `used`, recorded on the computing stream;
     * what is asked of the new block begins after the copy: `copied`, recorded on the copying stream;
     * pinned memory is written after the last copy from it: for that the reading thread waits, not the program.
+    And a buffer that nobody holds any longer becomes free memory after the last copy into it: `record_stream`.
     """
 
     def __init__(self, device: torch.device, size: int):
@@ -43,6 +44,7 @@ class Courier:
 
     def copy(self, buffer: Tensor, used: torch.Event) -> torch.Event:
         self.stream.wait_event(used)
+        buffer.record_stream(self.stream)
         with torch.cuda.stream(self.stream):
             buffer.copy_(self.pinned, non_blocking=True)
         self.copied = self.stream.record_event()
@@ -89,7 +91,8 @@ class BlockStream:
 
     def request(self, index: int) -> Future:
         asked = self.asked[index % 2]
-        if asked is None or asked[0] != index:
+        failed = asked is not None and asked[1].done() and asked[1].exception() is not None  # then it is tried again
+        if asked is None or asked[0] != index or failed:
             # All that has used the buffer so far is queued on the computing stream, which this event marks.
             used = self.courier.computing().record_event() if self.courier else None
             asked = self.asked[index % 2] = (index, self.reader.submit(self.read, index, used))

@@ -11,7 +11,6 @@ from pathlib import Path
 import train
 from clips import read_csv
 from files.folder import STATE
-from files.settings import parse_settings
 from files.writing import fingerprint, replacing
 from helios.index import read_index
 from helios.load import files_read
@@ -26,7 +25,7 @@ def lora_file(folder: Path, count: int) -> Path:
 
 def describe_loras(weights: Path, settings: list[str]) -> dict:
     """What the LoRAs depend on. Raises ValueError for `settings` that train.py has not."""
-    recipe = parse_settings([*read_index(weights).train, *settings], train.Recipe())
+    recipe = train.read_recipe(read_index(weights), settings)
     return {"weights": fingerprint(weights, files_read(weights)), **asdict(recipe)}
 
 

@@ -2,9 +2,9 @@
 
     python bench.py --device cuda
 
-Ceilings first (copies inside the card, products of matrices), then calls of the transformer, compiled ones, fp8, chunks,
-VAE, Pi3X and a training step. Memory is what a call takes beyond what was held; a chunk's row also has what the counted
-table says of it (files/machine.py). On a CPU the same lines run at any small size, which proves them and no more.
+Ceilings first (copies inside the card, products of matrices), then calls of the transformer, warps and chunks, VAE,
+Pi3X, a training step, fp8 and compiled calls. Memory is what a call takes beyond what was held; a row of a chunk or of
+the training also has the peak, and what the counted table says of it (files/machine.py). On a CPU the same lines run at any small size, which proves them and no more.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,16 +17,20 @@ from torch import Tensor
 import bench
 from files.checkpoint import quantize
 from files.machine import GIB, multiplies_float8, needed
+from geometry.camera import move_path
 from geometry.pi3x import Branch, Pi3X, Pi3XConfig
+from geometry.surface import geometry_from_depth, pinhole
 from helios.load import Models, Prompts
 from helios.vae import VAE
+from job import PRESETS
+from memory import Camera
 from model import Helios, Linear
-from render import Warp
+from render import RenderSettings
 from train import Recipe, Trainer
 from wah import CHUNK, WINDOW, Options, Rollout
 
 VISIBLE = {"86 %": 0.035, "47 %": 0.1325}  # of a warp: the columns that leave it in each latent frame
-REALTIME = Options(steps=(1, 1, 1), amplify_first_chunk=False, warp_band="mid", threshold=0.6, warp_fill="smooth")
+PATH = "forward 2, yaw 20"
 
 
 def copies(setup: bench.Setup) -> Iterator[bench.Row]:
@@ -55,54 +59,64 @@ def calls(setup: bench.Setup, model: Helios, text: list) -> Iterator[bench.Row]:
         yield row(f"DiT call, {name}", *case)
 
 
-def in_float8(model: Helios) -> None:
-    """As `--memory fp8` loads it."""
-    for layer in model.eval().modules():
-        if isinstance(layer, Linear):
-            float8, layer.scale = quantize(layer.weight, model.dtype)
-            layer.weight = torch.nn.Parameter(float8, requires_grad=False)
-            layer.in_float8 = multiplies_float8(layer.weight.device)
+def in_float8(model: Helios) -> list[tuple[Linear, torch.nn.Parameter]]:
+    """As `--memory fp8` loads it; returns the weights that it had."""
+    layers = [(layer, layer.weight) for layer in model.eval().modules() if isinstance(layer, Linear)]
+    for layer, weight in layers:
+        float8, layer.scale = quantize(weight, model.dtype)
+        layer.weight = torch.nn.Parameter(float8, requires_grad=False)
+        layer.in_float8 = multiplies_float8(float8.device)
+    return layers
 
 
 def eighths(setup: bench.Setup, model: Helios, text: list) -> Iterator[bench.Row]:
-    """The last of all, as it changes the model: stage 2 in fp8, and how far its output is from before."""
-    grid, history = peers.cases(model, setup.size, bench.SCHEDULE)[f"stage {bench.SCHEDULE.stages - 1}"]
+    """Stage 2 in fp8, and how far its output is from before."""
+    stage = f"stage {bench.SCHEDULE.stages - 1}"
+    grid, history = peers.cases(model, setup.size, bench.SCHEDULE)[stage]
     latents, timestep = setup.scale.normal(1, 16, *grid), torch.tensor([700.0], device=setup.device)
     context = model.context(history, grid)
     before = model(latents, timestep, text, context)
-    in_float8(model)
+    layers = in_float8(model)
     after = model(latents, timestep, text, context)
     how = "float8 times float8" if model.blocks[0].attn1.to_q.in_float8 else "cast back"
-    row = bench.race(setup, f"the same with --memory fp8, {how}", lambda: model(latents, timestep, text, context),
+    row = bench.race(setup, f"DiT call, {stage}, --memory fp8, {how}", lambda: model(latents, timestep, text, context),
                      tokens=len(context.rope), flop=model.flops(context, bench.ROWS))
     yield replace(row, difference=((after - before).norm() / before.norm()).item())
+    for layer, weight in layers:
+        layer.weight, layer.scale = weight, None
 
 
-def chunk(setup: bench.Setup, what: str, models: Models, words: Tensor, options: Options) -> bench.Row:
-    """A chunk after the first, led by a warp of noise, from warp to frames."""
-    generator, size = torch.Generator().manual_seed(0), setup.size
-    rollout = Rollout(models, Prompts(words), size, generator, image=setup.scale.normal(1, 3, *size).clamp(-1, 1),
+def chunks(setup: bench.Setup, models: Models, words: Tensor, preset: str) -> Iterator[bench.Row]:
+    """Of a path along a slanted wall: the warp, and all of a chunk after the first, from poses to frames."""
+    size, settings = setup.size, PRESETS[preset]
+    options = Options(**{name: value for name, value in settings.items() if hasattr(Options, name)},
+                      steps=(1 if settings else 2,) * bench.SCHEDULE.stages)
+    image = setup.scale.normal(1, 3, *size).clamp(-1, 1).float()
+    depth = torch.linspace(2, 4, size[1], device=setup.device).expand(size)
+    limit = {"limit": settings["geometry_pixels"]} if settings else {}
+    geometry = geometry_from_depth(image, depth, pinhole(60, *size), **limit)
+    camera = Camera(geometry, size, settings=RenderSettings(samples=settings.get("samples", 4)))
+    rollout = Rollout(models, Prompts(words), size, torch.Generator().manual_seed(0), image=image, camera=camera,
                       options=options)
-    warp = Warp(setup.scale.normal(1, 3, WINDOW, *size).clamp(-1, 1), torch.ones(1, 1, WINDOW, *size, device=setup.device))
-    rollout.next(warp=warp)
+    first, poses = move_path(PATH).split(WINDOW)
+    rollout.next(first)
     state, before = rollout.state(), rollout.flops
-    rollout.next(warp=warp)
+    rollout.next(poses)
     work = rollout.flops - before
 
     def again() -> Tensor:
         rollout.restore(state)
-        return rollout.next(warp=warp).frames
+        return rollout.next(poses).frames
 
-    row = bench.race(setup, what, again, flop=work)
-    counted = needed("sample.py", "--memory full", size)
-    return replace(row, what=f"{what}: {WINDOW / row.seconds[0]:.3g} frames/s; all in all at most {peak(setup)}"
-                             f" (the released model, counted: {counted:.1f})")
+    yield bench.race(setup, f"warp, preset {preset}", lambda: camera.warp(poses).frames)
+    row = bench.race(setup, f"chunk, preset {preset}", again, flop=work)
+    yield with_peak(replace(row, what=f"{row.what}: {WINDOW / row.seconds[0]:.3g} frames/s"), setup, "sample.py")
 
 
-def peak(setup: bench.Setup) -> str:
-    if setup.device.type != "cuda":
-        return "what a CPU does not tell"
-    return f"{torch.cuda.max_memory_allocated(setup.device) / GIB:.1f} GiB"
+def with_peak(row: bench.Row, setup: bench.Setup, program: str) -> bench.Row:
+    device, counted = setup.device, needed(program, "--memory full", setup.size)
+    peak = torch.cuda.max_memory_allocated(device) / GIB if device.type == "cuda" else float("nan")
+    return replace(row, what=f"{row.what}; all in all at most {peak:.1f} GiB (the released model, counted: {counted:.1f})")
 
 
 def pi3x(setup: bench.Setup) -> Iterator[bench.Row]:
@@ -125,8 +139,9 @@ def training(setup: bench.Setup, model: Helios, text: list) -> Iterator[bench.Ro
     def step() -> Tensor:
         return torch.tensor(trainer.step(history, clean, text)["loss"])
 
-    yield bench.race(setup, "training step, stage 0, warp", step, tokens=len(context.rope),
+    row = bench.race(setup, "training step, stage 0, warp", step, tokens=len(context.rope),
                      flop=model.flops(context, bench.ROWS, training=True))
+    yield with_peak(row, setup, "train.py")
     model.set_lora(None)
     model.checkpointing = model.keep_attention = False
 
@@ -147,15 +162,12 @@ def rows(setup: bench.Setup) -> Iterator[bench.Row]:
         text, vae = model.text(words), setup.scale.vae(setup.vae_dim)
         models = Models(model, vae, bench.SCHEDULE)
         yield from calls(setup, model, text)
-        yield chunk(setup, "chunk, steps 2,2,2", models, words, Options(amplify_first_chunk=False))
-        yield chunk(setup, "chunk, preset realtime", models, words, REALTIME)
+        for preset in PRESETS:
+            yield from chunks(setup, models, words, preset)
         yield from vae_rows(setup, vae)
         yield from pi3x(setup)
     yield from training(setup, model, text)
     with torch.no_grad():
-        forwards = [block.forward for block in model.blocks]
-        model.compile_blocks()
-        yield from (replace(row, what=f"compiled: {row.what}") for row in calls(setup, model, text))
-        for block, forward in zip(model.blocks, forwards):
-            block.forward = forward
         yield from eighths(setup, model, text)
+        model.compile_blocks()  # the last of all, as it needs a compiler
+        yield from (replace(row, what=f"compiled: {row.what}") for row in calls(setup, model, text))

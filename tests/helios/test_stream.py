@@ -208,6 +208,7 @@ class Simulated(stream.Courier):
     def __init__(self, world: World, size: int, leave_out: str):
         self.world, self.stream, self.leave_out = world, world.copying, leave_out
         self.pinned, self.copied = torch.zeros(size, dtype=torch.uint8), Event(world, True)
+        self.told = []  # the streams that the memory of a buffer is told of
 
     def computing(self):
         lane = self.world.computing
@@ -219,7 +220,8 @@ class Simulated(stream.Courier):
             super().wait_for_pinned()
 
     def copy(self, buffer, used):
-        later = SimpleNamespace(copy_=lambda pinned, non_blocking: self.stream.add(lambda: buffer.copy_(pinned)))
+        later = SimpleNamespace(copy_=lambda pinned, non_blocking: self.stream.add(lambda: buffer.copy_(pinned)),
+                                record_stream=self.told.append)
         return super().copy(later, Event(self.world, True) if self.leave_out == "used" else used)
 
 
@@ -241,6 +243,7 @@ def wrong_blocks(model: Helios, full: Helios, seed: int, leave_out: str = "") ->
     source.reader.submit(int).result()
     world.run(lambda: False)
     assert len(wrong) == 2 * len(full.blocks)
+    assert len(source.courier.told) > len(full.blocks) and {*source.courier.told} == {world.copying}
     return sum(wrong)
 
 
