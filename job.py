@@ -395,6 +395,13 @@ def start_video(path: Path, size: tuple[int, int]) -> Start:
     return Start(video=rearrange(torch.from_numpy(frames), "t h w c -> 1 c t h w"))
 
 
+def but(words: list[str]) -> str:
+    """What the words of --set change in a preset, the last one of each name."""
+    last = {name: value for name, _, value in (word.partition("=") for word in words)}
+    changed = [f"{name}={last[name]}" for name in ("steps", *PRESETS["realtime"]) if name in last]
+    return f" but {' '.join(changed)}" if changed else ""
+
+
 def prepare(args: argparse.Namespace, settings: Settings) -> Job:
     """Read and check all inputs but the networks; raises ValueError or OSError with one line."""
     size = choose_size(args)
@@ -404,7 +411,7 @@ def prepare(args: argparse.Namespace, settings: Settings) -> Job:
     lora = choose_lora(args, settings, led)
     precision = str(network_dtype(settings.device)).removeprefix("torch.")
     print(f"weights {args.weights}, LoRA {lora.source if lora else 'none'}, {settings.device} in {precision},"
-          f" seed {settings.seed}, preset {settings.preset}")
+          f" seed {settings.seed}, preset {settings.preset}{but(args.set)}")
     clip = args.video if args.warp is None else args.warp[0]
     rate = settings.fps or (None if clip is None else read_rate(clip))
     frames, fps, file, pi3x = args.frames or WINDOW, rate or 16, None, None

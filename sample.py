@@ -270,6 +270,9 @@ def generate(args: argparse.Namespace, job: Job, output: Output, networks: Netwo
             if chunk.warp is not None:
                 shares += chunk.warp.visible[0, 0, -WINDOW:].mean((1, 2)).tolist()
             output.add(pictures(chunk), chunk.latents, rollout.state())
+            if output.count < job.frames:
+                progress.close()
+                print(f"{output.count} of {job.frames} frames: {output.latest}", flush=True)
     except KeyboardInterrupt:
         if not output.count:
             raise

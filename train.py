@@ -134,7 +134,8 @@ class Recipe(Choices):
             ("forms", 1 <= self.forms <= 12, "from 1 to 12"),
             ("history", min(self.history) >= 0, "no negative numbers"),
             ("seed", 0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
-            ("geometry_pixels sample_every", min(self.geometry_pixels, self.sample_every) >= 0, "at least 0"),
+            ("geometry_pixels", self.geometry_pixels == 0 or self.geometry_pixels >= 1000, "0, or at least 1000"),
+            ("sample_every", self.sample_every >= 0, "at least 0"),
             ("warp_sigma", 0 <= self.warp_sigma[0] <= self.warp_sigma[1] <= 1, "two numbers from 0 to 1, in order"),
         )
 

@@ -4,14 +4,19 @@ Videos are [T, H, W, 3] uint8, masks [T, H, W] bool. PSNR is that of all the pix
 SSIM (Gaussian window of 1.5 pixels) and LPIPS (AlexNet) are means over frames, of a region the means of their maps.
 """
 
+import sys
 from importlib.metadata import version
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+try:
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+except ModuleNotFoundError:
+    sys.exit('measuring needs the extra "eval": pip install -e ".[eval]"')
 
 from files.measure import flicker, steadiness
 

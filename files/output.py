@@ -97,6 +97,11 @@ class Output:
     def piece(self, index: int, ending: str) -> Path:
         return self.folder.path / f"{index:04d}{ending}"
 
+    @property
+    def latest(self) -> Path:
+        """The video of the last chunk that is whole."""
+        return self.piece(len(self.counts) - 1, VIDEO)
+
     def add(self, rows: dict[str, np.ndarray], latents: Tensor, rollout: dict[str, Tensor]) -> None:
         """Write a chunk; it is whole when the state after it is there. `rows` are its result, and its warp and mask
         if there are any, [T, H, W, 3] uint8; `rollout` is the state to go on from."""

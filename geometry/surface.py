@@ -231,8 +231,8 @@ def estimate(network: Pi3X, images: Sequence[Tensor], limit: int | None = None,
     """One joint run over `images`, each [1,3,H,W] in [-1,1], of which the network may be told what is `known` -> a
     geometry each, in one world, on the network's device.
 
-    The maps have at most `limit` pixels (None: the official number) and the aspect of the latest image. Without a given
-    limit a small network sees fewer, and its maps are enlarged: on coarse ones every floor is a depth edge. `valid` may
+    The maps have at most `limit` pixels (None: the official number) and the aspect of the latest image. A network that
+    was made for fewer sees these, and its maps are enlarged: on coarse ones every floor is a depth edge. `valid` may
     come out empty: `ensure_valid` is left to the caller, because the scale is aligned before it.
     """
 
@@ -241,9 +241,10 @@ def estimate(network: Pi3X, images: Sequence[Tensor], limit: int | None = None,
         return pictures.to(network.image_mean.device)
 
     height, width = images[-1].shape[-2:]
-    size = seen = geometry_size(height, width, PIXEL_LIMIT if limit is None else limit)
-    if limit is None and network.config.pixels < PIXEL_LIMIT:
-        size, seen = map_size(height, width), geometry_size(height, width, network.config.pixels)
+    most = PIXEL_LIMIT if limit is None else limit
+    size = seen = geometry_size(height, width, most)
+    if network.config.pixels < min(most, PIXEL_LIMIT):
+        size, seen = map_size(height, width, most), geometry_size(height, width, network.config.pixels)
     prediction = network(show(seen)[None], known)
     if not all(x.isfinite().any() for x in (prediction.points, prediction.confidence, prediction.c2w)):
         raise ValueError("Pi3X: its geometry is not finite; are its weights damaged?")

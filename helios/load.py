@@ -114,7 +114,8 @@ def halve(transformer: type[Network], weights: Path, out: Path) -> None:
     kinds = {"transformer": transformer, "text_encoder": UMT5Encoder}
     with TemporaryDirectory(dir=out.parent) as folder:
         whole = Path(folder, out.name)
-        for file in [*files_read(weights), *weights.glob("*/*.index*.json")]:
+        beside = "*/*.index*.json", "Pi3X/*.safetensors", "*.safetensors", "*.pth"  # geometry, a LoRA, a tiny decoder
+        for file in [*files_read(weights), *(file for pattern in beside for file in weights.glob(pattern))]:
             copy = whole / file.relative_to(weights)
             copy.parent.mkdir(parents=True, exist_ok=True)
             network = kinds.get(file.parent.name)

@@ -93,7 +93,8 @@ def test_a_difference_stops_it(monkeypatch, part, network, method):
 
 def test_first_minutes_with_a_card(monkeypatch):
     """All of `python bench.py --device cuda`, here on the CPU and tiny, without the compiler."""
-    compiled = []
+    compiled, cudnn = [], torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "deterministic", cudnn.deterministic)
     monkeypatch.setattr(Helios, "compile_blocks", lambda model: compiled.append(model))
     rows = table("card", "--width", "128", "--layers", "1", "--size", "64x64", "--vae-dim", "4", "--rounds", "1",
                  "--device", "cpu")
@@ -105,7 +106,7 @@ def test_first_minutes_with_a_card(monkeypatch):
     for part in parts:
         (name,) = [name for name in rows if name.startswith(part) and (part == eighths or name != eighths)]
         assert float(rows[name]["ours, s"]) > 0, part
-    assert len(rows) == len(parts) and len(compiled) == 1
+    assert len(rows) == len(parts) and len(compiled) == 1 and cudnn.deterministic  # as in a user's run
     tokens = [int(rows[f"DiT call, {call}"]["tokens"]) for call in calls]
     assert tokens[0] > tokens[1] and 0 < float(rows[eighths]["largest difference"]) < 0.1
 

@@ -23,6 +23,20 @@ from sample import main
 from wah import Rollout
 
 
+def test_a_chunk_is_announced_when_it_can_be_played(place, capsys, monkeypatch):
+    """While others are under way: each line names a whole video."""
+    told = []
+
+    def say(*words, **how):
+        if "frames: " in words[0]:
+            count, path = words[0].split(": ")
+            told.append((count, len(read(path))))
+
+    monkeypatch.setattr("sample.print", say, raising=False)
+    assert sample("--image", "image.png", "--warp", "warp.npy") == 0
+    assert told == [("33 of 99 frames", 33), ("66 of 99 frames", 33)]
+
+
 def test_stopping_keeps_what_is_done(place, capsys, monkeypatch):
     """Ctrl-C in the third chunk leaves two whole ones, and says how to go on; in the first, nothing."""
     stop_in_chunk(monkeypatch, 3)

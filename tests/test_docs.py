@@ -138,6 +138,14 @@ def test_counts_and_tables(page):
     assert refresh(text) == text, f"{page.name}: run python docs/refresh.py"
 
 
+@each_page
+def test_rows_have_a_cell_for_each_column(page):
+    """A | within a cell is escaped, else it ends it."""
+    rows = [re.sub(r"\\\|", "", line).count("|") if line.startswith("|") else 0
+            for line in page.read_text(encoding="utf-8").splitlines()]
+    assert all(one == other for one, other in zip(rows, rows[1:]) if one and other)
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_pages_begin_with_a_question_and_are_linked(page):
     title = page.read_text(encoding="utf-8").splitlines()[0]

@@ -302,7 +302,7 @@ def test_what_is_valid():
     local[..., 6, 0, 0] = torch.nan
     confidence[..., 7, 0], confidence[..., 7, 1] = -2.2, -2.19  # a probability of 0.0998, 0.1006
     prediction = Prediction(local, local, local, confidence, torch.eye(4).expand(1, 1, 4, 4), torch.ones(1))
-    network = Mock(return_value=prediction, image_mean=torch.zeros(1))
+    network = Mock(return_value=prediction, image_mean=torch.zeros(1), config=Pi3XConfig())
     (only,) = estimate(network, [torch.full((1, 3, 48, 64), 100.6 / 127.5 - 1)], limit=2352)
     assert (~only.valid).nonzero().tolist() == [[5, 0], [5, 1], [5, 2], [5, 3], [6, 0], [7, 0]]
     assert (only.rgb == 101).all()
@@ -316,7 +316,8 @@ def test_a_small_network_sees_fewer_pixels(network, rollout):
         seen.append(tuple(images.shape[-2:]))
         raise InterruptedError
 
-    for grid, limit, size in ((37, None, (392, 644)), (9, None, (98, 154)), (9, 255_000, (392, 644))):
+    for grid, limit, size in ((37, None, (392, 644)), (9, None, (98, 154)), (9, 255_000, (98, 154)), (9, 8000, (70, 112)),
+                              (37, 130_000, (280, 462)), (37, 500_000, (546, 910))):
         watched = Mock(side_effect=watch, image_mean=torch.zeros(1), config=Pi3XConfig(grid=grid))
         with pytest.raises(InterruptedError):
             estimate(watched, [torch.zeros(1, 3, 384, 640)], limit)

@@ -159,7 +159,7 @@ def test_a_run_and_its_lora(place, capsys):
         return status, said.out if status == 0 else said.err.strip().splitlines()[-1]
 
     status, out = run()
-    assert status == 0 and f"LoRA {released.relative_to(place)}" in out and "preset realtime" in out
+    assert status == 0 and f"LoRA {released.relative_to(place)}" in out and "preset realtime but geometry_pixels=8000\n" in out
     assert run("--lora", "mid.safetensors")[0] == 0
     status, error = run("--lora", "weights/model/lora.safetensors")
     assert status == 2 and "short band" in error and "--set warp_band=short" in error

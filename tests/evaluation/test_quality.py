@@ -1,5 +1,9 @@
 """Numbers equal to those of their libraries, on five videos."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -93,3 +97,10 @@ def test_flicker():
     assert flicker(ramp) == 0 and flicker(ramp[:2]) == 0
     ramp[3] += 30
     assert flicker(ramp) == pytest.approx((15 + 30 + 15) / 5)
+
+
+def test_without_the_library_one_line_says_what_is_missing():
+    code = "import sys; sys.modules['torchmetrics'] = None; import evaluate"
+    words = [sys.executable, "-c", code]
+    said = subprocess.run(words, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert said.returncode and said.stderr == 'measuring needs the extra "eval": pip install -e ".[eval]"\n'

@@ -101,6 +101,7 @@ PAIRS = [  # program, words in place of the base's, what the line names
     ("render", ["--move", "hold"], "--image"), ("render", ["--image", "image.png"], "--poses"),
     ("render", ["--image", "image.png", "--move", "hold", "--poses", "poses.json"], "--poses"),
     ("render", ["--image", "image.png", "--move", "hold", "--depth", "depth.npy", "--geometry", "x"], "--geometry"),
+    ("render", ["--image", "image.png", "--move", "hold", "--inverse-depth"], "--inverse-depth"),
     ("train", [], "--video"), ("train", ["--video", "clip.npy"], "--geometry"), ("train", ["--video", "short_clip.npy", "--poses", "poses.json", "--depth", "depths.npz"], "short_clip.npy"),
     ("train", ["--video", "clip.npy", "--poses", "poses.json"], "--poses"), ("train", ["--video", "clip.npy", "--depth", "depths.npz"], "--depth"),
     ("train", ["--video", "clip.npy", "--resume", "--overwrite"], "--overwrite"), ("train", ["--video", "clip.npy", "--resume"], "--resume"),

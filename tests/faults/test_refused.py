@@ -48,6 +48,14 @@ def test_settings_that_would_do_nothing_are_refused(capsys, place, name, value):
         refused(capsys, place, ["--image", "image.png", "--warp", "warp.npy", *words], f"--set {name}: needs a camera path")
 
 
+@pytest.mark.parametrize("setting, needs", [
+    ("zero_star=true", "guidance above 1"), ("zero_steps=2", "guidance above 1 and zero_star=true"),
+    ("prompt_blend=3", "a prompt for each chunk"),
+])
+def test_settings_without_what_they_work_on_are_refused(capsys, place, setting, needs):
+    refused(capsys, place, ["--set", setting], f"--set {setting.partition('=')[0]}: needs {needs}")
+
+
 @pytest.mark.parametrize("name", ["restart=true", "video_noise=false", "image_noise=true", "image_sigma=0.1,0.2"])
 def test_settings_of_pictures_and_clips_are_refused_without_one(capsys, place, name):
     setting = f"--set {name.partition('=')[0]}: needs"

@@ -185,6 +185,16 @@ def test_peaks_of_a_card(monkeypatch):
     assert peak_memory("cuda:1") == "3.00 GiB of GPU memory (4.00 GiB reserved)"
 
 
+def test_what_is_sent_to_a_card_is_pinned(monkeypatch):
+    """Else CUDA makes the host wait for the copy, whatever is asked."""
+    sent = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x + 1)
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, device, non_blocking: sent.append((x.item(), non_blocking)))
+    for device in ("cuda", "cpu", "mps"):
+        machine.send(torch.zeros(()), torch.device(device))
+    assert sent == [(1, True), (0, True), (0, False)]
+
+
 def test_tf32_is_one_setting(monkeypatch):
     for name in ("allow_tf32", "deterministic"):
         monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))

@@ -108,6 +108,7 @@ def test_binary_text(tmp_path):
     ({"words": W2C}, "no array of poses, found words; expected one of camera_poses"),
     ({"camera_poses": np.array(["x"])}, "numbers"), ({"w2c": W2C, "intrinsics": np.eye(4)}, "'intrinsics'"),
     ({"w2c": W2C, "intrinsics": [[-FOCAL, 0, 320], *K[1:]]}, "179"), ({"data": C2W, "inds": np.arange(5)}, "'inds': expected"),
+    ({"data": C2W, "inds": np.full(12, 3.0)}, "the same time"), ({"data": C2W, "inds": [*range(11), np.inf]}, "finite"),
     ({"data": np.ones((12, 4)), "inds": np.arange(12)}, "T,4,4"),
     ({"camera_poses": with_pose(3, lambda p: p * 1.2)}, "frame 3"), ({"camera_poses": np.float32(1)}, "T,4,4"),
 ])  # fmt: skip

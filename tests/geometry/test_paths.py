@@ -147,7 +147,7 @@ def test_a_header_names_the_columns(tmp_path, header, columns):
     ({"w2c": W2C}, None), ({"extrinsics": W2C[:, :3], "depth": np.ones((12, 384, 640)), "intrinsics": np.array([K] * 12)}, FOV),
     ({"poses": C2W, "intrinsics": np.array([FOCAL / WIDTH, FOCAL / HEIGHT, 0.5, 0.5])}, FOV),  # in shares
     ({"c2w": C2W, "intrinsics": np.eye(3)}, None),  # no camera: said, and not used
-    ({"data": C2W[::-1], "inds": np.arange(12)[::-1] * 2}, None),
+    ({"data": C2W[::-1], "inds": np.arange(12)[::-1] * 2}, None), ({"arr_0": C2W}, None),
 ])  # fmt: skip
 def test_npz(tmp_path, arrays, fov_x):
     np.savez(tmp_path / "poses.npz", **arrays)
