@@ -12,7 +12,6 @@ each other, which a network of this size did not learn (docs/miniature.md): its 
 """
 
 import argparse
-from functools import cache
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -41,9 +40,8 @@ CONFIG = Pi3XConfig(dim=192, grid=9, registers=1, specials=1, encoder_blocks=4, 
 INPUT = surface.geometry_size(*SIZE, CONFIG.pixels)  # what the network sees of a video
 DRAWN = SIZE, SIZE, (SIZE[0] * 5 // 8, SIZE[1] * 5 // 8), INPUT  # generated pictures are blurred, others sharper
 PICTURES = 9  # in a step, at most
-POOL = 1500  # steps with new scenes; from then on these come again, in other colours
 HAZE = 40.0  # meters: what is as far cannot be told from the sky
-WEIGHTS = {"depth": 1.0, "edges": 1.0, "rays": 3.0, "unit": 0.3, "confidence": 0.2}
+WEIGHTS = {"depth": 1.0, "edges": 1.0, "rays": 8.0, "unit": 0.3, "confidence": 0.2}
 
 
 class Views(NamedTuple):
@@ -67,33 +65,25 @@ def recolored(pictures: Tensor, rng: Random, generator: torch.Generator) -> Tens
     return images.clamp(0, 1)
 
 
-@cache
-def draw_frames(seed: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`count` frames of one random clip: pictures [N,h,w,3] uint8, depths [N,H,W], and K [3,3] at the depths' size."""
-    rng = Random(seed)
+def draw_views(seed: int, count: int) -> Views:
+    """A set of `count` frames of one random clip; mirrored, recoloured and noisy at random."""
+    rng, generator = Random(seed), torch.Generator().manual_seed(seed)
     scene, frames = world.make_scene(rng), WINDOW // 2 if count == 1 else 2 * WINDOW
     path, fov_x = world.make_path(scene, rng, frames), rng.uniform(45, 85)
     c2w, drawn, K = path[sorted(rng.sample(range(frames), count))], rng.choice(DRAWN), stretched(fov_x, INPUT)
     pictures, depth = world.render(scene, c2w, K, INPUT, 2 if drawn == INPUT else 1)
     if drawn != INPUT:
         pictures, _ = world.render(scene, c2w, stretched(fov_x, drawn), drawn)
-    return pictures, depth, K
-
-
-def draw_views(seed: int, count: int, turn: int) -> Views:
-    """A set of `count` frames; mirrored, recoloured and noisy in a `turn` of its own."""
-    rng, generator = Random(turn), torch.Generator().manual_seed(turn)
-    pictures, depth, K = draw_frames(seed, count)
-    slopes = surface.unproject(torch.ones(INPUT), K, torch.eye(4))[..., :2]
     images = resize(recolored(pictures, rng, generator), INPUT)
+    slopes = surface.unproject(torch.ones(INPUT), K, torch.eye(4))[..., :2]
     if rng.random() < 0.5:  # the slopes are symmetric
         images, depth = images.flip(-1), depth.flip(-1)
     return Views(images[None], depth.where(depth < HAZE, torch.inf)[None], slopes[None, None])
 
 
-def batch(first: int, count: int, turn: int = 0) -> Views:
+def batch(first: int, count: int) -> Views:
     """A step's sets of `count` pictures, of the seeds from `first` on."""
-    sets = (draw_views(first + index, count, turn + index) for index in range(PICTURES // count))
+    sets = (draw_views(first + index, count) for index in range(PICTURES // count))
     return Views(*map(torch.cat, zip(*sets)))
 
 
@@ -126,7 +116,7 @@ def train(folder: Path, recipe: Recipe, start: Path | None = None) -> None:
 
     def accumulate(network: Pi3X, step: int, rank: int) -> float:
         turn = 2 * step + rank
-        views = batch(turn % POOL * PICTURES, Random(turn % POOL).choice((1, 1, 2, 3)), turn * PICTURES)
+        views = batch(turn * PICTURES % HELD_OUT, Random(turn).choice((1, 1, 2, 3)))
         loss = torch.stack([WEIGHTS[name] * part for name, part in losses(network(views.images), views).items()]).sum()
         loss.backward()
         return loss.item()
