@@ -7,11 +7,12 @@ the first's.
 """
 
 import argparse
+import json
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,11 @@ from torch import Tensor
 import job
 from files.draw import save_ply
 from files.machine import allow_tf32, use_device
-from files.media import read_rate, to_frames
+from files.media import load_image, read_rate, to_frames
 from files.video import write_video
-from geometry.camera import WINDOW, CameraPath
+from geometry.camera import WINDOW, CameraPath, square_lens
 from geometry.flight import drive, film
-from geometry.paths import path_json
+from geometry.paths import load_path, path_json
 from geometry.surface import Geometry
 from helios.load import Prompts, encode_prompts, load_models
 from memory import Camera, Memory
@@ -49,26 +50,33 @@ class Studio:
         self.folder = tempfile.TemporaryDirectory()  # of pictures that were sent
         self.changed: list[Callable[[], None]] = []
         self.stopping, self.stops = threading.Event(), 0
+        self.filming: Future | None = None  # the last film that was asked for and not stopped
         self.prompt, self.seed, self.preset = args.prompt, self.settings.seed, self.settings.preset
         self.message, self.progress = "", 0.0
         self.worlds = 0
         self.prompts: tuple[str, Prompts] | None = None
-        self.open(args.image, args.depth, args.set)
+        self.open(self.check(args.image, args.depth, args.poses, args.set))
         self.models = load_models(Helios, args.weights, self.settings.device, args.memory, self.settings.vae)
         if self.settings.compile:
             self.models.transformer.compile_blocks()
 
-    def open(self, image: Path | None, depth: Path | None = None, needed: Sequence[str] = ()) -> None:
-        """Another picture, or the clip that the words name; the old world is forgotten. `needed` are words of --set
-        that are refused if they do nothing here; the settings are the same without. Raises ValueError or OSError, and
-        nothing changes then."""
+    def check(self, image: Path | None, depth: Path | None = None, poses: Path | None = None,
+              needed: Sequence[str] = ()) -> argparse.Namespace:
+        """The words of another picture, or of the clip that they name; of `poses` the lens alone is taken. `needed` are
+        words of --set that are refused if they do nothing here; the settings are the same without. Raises ValueError or
+        OSError."""
         video = self.args.video if image is None else None
-        known = {"image": image, "depth": depth, "video": video, "move": "hold", "set": needed}
+        known = {"image": image, "depth": depth, "poses": poses, "video": video, "move": "hold", "set": needed}
         words = argparse.Namespace(**{**vars(self.args), **known})
         job.check(words, self.settings)
+        return words
+
+    def open(self, words: argparse.Namespace) -> None:
+        """The picture or clip of the words; the old world is forgotten. Raises ValueError or OSError, and nothing
+        changes then."""
         self.start(words, self.settings)
         self.forget()
-        self.fps = self.settings.fps or (video and read_rate(video)) or 16  # as sample.py has it
+        self.fps = self.settings.fps or (words.video and read_rate(words.video)) or 16  # as sample.py has it
         self.keys: list[Tensor] = [torch.eye(4)]  # relative to the picture's camera, in its own unit
         self.seconds: list[float] = []
 
@@ -77,24 +85,35 @@ class Studio:
         but does not go on."""
         frames = 2 * WINDOW if words.video is None else job.count_frames(words.video, None)
         file, pi3x = job.open_pi3x(words, settings, frames)
-        still = CameraPath(torch.eye(4).repeat(2, 1, 1))
+        fov = None if words.poses is None else load_path(words.poses).fov_x
+        still = CameraPath(torch.eye(4).repeat(2, 1, 1), **({} if fov is None else square_lens(fov)))
         self.first = job.start_path(words, settings, self.size, still, file, pi3x, frames)
-        self.words, self.fresh = words, self.camera.state()
+        self.words, self.fov, self.fresh = words, fov, self.camera.state()  # fov: that of a path file, or none
         self.worlds += 1  # so that pages notice
         self.rewind()
 
     def receive(self, name: str, content: bytes) -> None:
-        """A picture that was sent, opened by the same checks as a file; it is kept until another one comes."""
+        """A picture that was sent, checked as a file is. A good one ends the film under way and is opened then; a bad
+        one raises ValueError, and nothing else happens."""
         if len(content) > UPLOAD:
             raise ValueError(f"{name}: {len(content)} bytes, expected at most {UPLOAD}")
-        path = Path(self.folder.name) / f"{self.worlds}{Path(name).suffix}"
-        path.write_bytes(content)
+        with tempfile.NamedTemporaryFile(dir=self.folder.name, suffix=Path(name).suffix, delete=False) as file:
+            file.write(content)
+        path = Path(file.name)
         try:
-            self.open(path)
+            words = self.check(path)
+            load_image(path)
         except (ValueError, OSError) as error:
             path.unlink()
             raise ValueError(str(error).replace(str(path), name)) from None
-        for other in {*path.parent.iterdir()} - {path}:
+        self.stop()
+        self.submit(lambda: self.show(words, name))
+
+    def show(self, words: argparse.Namespace, name: str) -> None:
+        """Open a picture that was sent; it is kept until another one comes."""
+        other = self.words.image
+        self.open(words)
+        if other is not None and other.parent == words.image.parent:
             other.unlink()
         self.tell(f"{name} is the picture now")
 
@@ -148,10 +167,10 @@ class Studio:
 
     def stop(self) -> None:
         """The film under way ends after its chunk, and those that wait don't begin."""
-        self.stops += 1
+        self.stops, self.filming = self.stops + 1, None
         self.stopping.set()
 
-    def submit(self, work: Callable[[], None], film: bool = False) -> None:
+    def submit(self, work: Callable[[], None], film: bool = False) -> Future:
         """Let the worker do it, after what it is at; an error is shown, and the studio lives on. A `film` can be
         stopped."""
         stops = self.stops
@@ -166,26 +185,43 @@ class Studio:
             self.progress = 0.0
             self.tell()
 
-        self.worker.submit(run)
+        done = self.worker.submit(run)
+        if film:
+            self.filming = done
+        return done
+
+    def replace_film(self, work: Callable[[], None]) -> None:
+        """Let the worker make a film in the place of the one that is there; refused while that one is under way."""
+        if self.filming is not None and not self.filming.done():
+            raise ValueError("a film is under way; stop it first, or wait for its end")
+        self.submit(work, film=True)
 
     # ---- making
 
     def planned(self) -> Tensor:
         """The path through the keyframes [T, 4, 4]."""
+        if len(self.keys) < 2:
+            raise ValueError("a path takes two keyframes, and there is only the picture's own; add a keyframe first")
         return film(torch.stack(self.keys), self.seconds, self.fps)
 
     def preview(self) -> None:
         """The frames of the warp along the planned path, in the film's place."""
+        self.stopping.clear()
         path, camera = self.planned(), self.camera
         if isinstance(camera, Memory):
             camera = Camera(self.geometry, self.size, camera.unit, camera.settings)
         self.forget()
+        self.tell("rendering the path ...")
         for poses in path.split(WINDOW):
+            if self.stopping.is_set():
+                break
             warp = camera.warp(poses).frames[:, :, :len(poses)]
             camera.remember(warp[:, :, -1])
             self.frames += list(to_frames(warp))
-        self.path = path
-        self.tell(f"preview: the warp of {len(path)} frames")
+            self.path = path[:len(self.frames)]
+            self.progress = len(self.frames) / len(path)
+            self.tell(f"rendering the path: {len(self.frames)} of {len(path)} frames")
+        self.tell(f"preview: the warp of {len(self.frames)} frames")
 
     def begin(self) -> Rollout:
         """A rollout from the picture, with the seed: the same words give the same video."""
@@ -247,7 +283,8 @@ class Studio:
         """The film as "mp4", its path as "json" (which sample.py reads), the picture's points as "ply"."""
         if kind == "json":
             path = self.path if len(self.path) else self.planned()
-            return path_json(CameraPath(path, self.fps, self.settings.unit or "depth")).encode()
+            words = json.loads(path_json(CameraPath(path, self.fps, self.settings.unit or "depth")))
+            return json.dumps(words | ({} if self.fov is None else {"fov_x": self.fov})).encode()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"film.{kind}"
             if kind == "ply":

@@ -28,7 +28,10 @@ from geometry.flight import AMOUNTS, pushed
 from geometry.surface import transform
 from studio import Studio
 
-NAMES = {"up": "rise", "down": "sink"}  # of buttons
+STEPS = (  # rows of buttons: what each says -> its verb of --move, and which way
+    {"forward": ("forward", 1), "back": ("back", 1), "rise": ("up", 1), "sink": ("down", 1)},
+    {"left": ("left", 1), "right": ("right", 1), "turn left": ("yaw", -1), "turn right": ("yaw", 1)},
+    {"look up": ("pitch", 1), "look down": ("pitch", -1), "roll left": ("roll", -1), "roll right": ("roll", 1)})
 UNUSED = ("--poses", "--move", "--warp", "--frames", "--out", "--list", "--continue")  # words of sample.py
 IGNORED = ("check", "latents", "resample", "prompt_blend")  # its settings that the page can't follow
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -60,23 +63,26 @@ class Page:
         self.video = gui.add_image(large(studio.picture), format="jpeg", jpeg_quality=90)
         self.status = gui.add_markdown("")
         self.bar = gui.add_progress_bar(0.0)
+        self.buttons({"stop": studio.stop})
         tabs = gui.add_tab_group()
         with tabs.add_tab("Film"):
             self.keys = gui.add_dropdown("keyframe", ["0: the picture"])
+            self.keys.on_update(lambda event: self.choose_key())
             self.gap = gui.add_number("seconds to it", 2.0, min=0.1, max=60, step=0.1)
             self.buttons({"add keyframe": self.add_key, "move it here": self.move_key})
             self.buttons({"set its seconds": self.time_key, "remove it": self.remove_key})
-            self.buttons({"preview": lambda: studio.submit(studio.preview),
-                          "generate": lambda: studio.submit(studio.generate, film=True), "stop": studio.stop})
+            self.buttons({"preview": lambda: studio.replace_film(studio.preview),
+                          "generate": lambda: studio.replace_film(studio.generate)})
         with tabs.add_tab("Drive"):
             self.follow = gui.add_checkbox("follow me", False)
-            self.follow.on_update(lambda event: self.follow.value and studio.submit(self.drive))
-            self.speed = gui.add_slider("amount", 0.1, 5.0, 0.1, 1.0)
-            for row in (("forward", "back"), ("left", "right"), ("up", "down"), ("yaw", "pitch", "roll")):
-                self.buttons({NAMES.get(verb, verb): partial(self.push, verb) for verb in row})
+            self.follow.on_update(lambda event: self.follow.value and self.drive())
+            self.size = gui.add_slider("step size", 0.1, 5.0, 0.1, 1.0,
+                                       hint="of the buttons below; 1 is a tenth of the median depth, or ten degrees")
+            for row in STEPS:
+                self.buttons({name: partial(self.push, *step) for name, step in row.items()})
         with gui.add_folder("Picture and words"):
             upload = gui.add_upload_button("another picture", mime_type="image/*")
-            upload.on_upload(lambda event: self.upload(event.target.value))
+            upload.on_upload(lambda event: self.attempt(lambda: self.upload(event.target.value)))
             self.words = {"prompt": gui.add_text("prompt", studio.prompt),
                           "seed": gui.add_number("seed", studio.seed, min=0, step=1),
                           "preset": gui.add_dropdown("preset", list(job.PRESETS), initial_value=studio.preset)}
@@ -87,14 +93,14 @@ class Page:
             self.buttons({f"save {kind}": partial(self.save, kind) for kind in ("mp4", "json", "ply")})
 
     def buttons(self, row: dict[str, Callable[[], object]]) -> None:
-        """A row of buttons; what one of them can't do is said on the page."""
-        def press(event) -> None:
-            try:
-                row[event.target.value]()
-            except (ValueError, OSError) as error:
-                self.studio.tell(f"**error**: {error}")
+        self.client.gui.add_button_group("", list(row)).on_click(lambda event: self.attempt(row[event.target.value]))
 
-        self.client.gui.add_button_group("", list(row)).on_click(press)
+    def attempt(self, work: Callable[[], object]) -> None:
+        """What can't be done is said on the page."""
+        try:
+            work()
+        except (ValueError, OSError) as error:
+            self.studio.tell(f"**error**: {error}")
 
     def look(self) -> None:
         """The picture's points, in the units of the path and the axes of its camera, and the viewer where that is."""
@@ -106,6 +112,7 @@ class Page:
         scene, camera = self.client.scene, self.client.camera
         scene.add_point_cloud("/points", points, geometry.rgb[geometry.valid].cpu().numpy(), point_size=0.05,
                               precision="float32")
+        camera.up_direction = (0.0, -1.0, 0.0)
         camera.position, camera.look_at = (0.0, 0.0, 0.0), (0.0, 0.0, 10.0)
         camera.fov = self.fov
 
@@ -172,8 +179,13 @@ class Page:
     def add_key(self) -> None:
         self.studio.keys.append(self.pose)
         self.studio.seconds.append(float(self.gap.value))
-        self.studio.tell()
+        self.studio.tell(f"keyframe {len(self.studio.seconds)} added")
         self.keys.value = self.keys.options[-1]
+
+    def choose_key(self) -> None:
+        """Its seconds are shown; the first keyframe has none."""
+        if self.key > 0:
+            self.gap.value = self.studio.seconds[self.key - 1]
 
     def change_key(self) -> int:
         if self.key == 0:
@@ -181,17 +193,19 @@ class Page:
         return self.key
 
     def move_key(self) -> None:
-        self.studio.keys[self.change_key()] = self.pose
-        self.studio.tell()
+        index = self.change_key()
+        self.studio.keys[index] = self.pose
+        self.studio.tell(f"keyframe {index} moved here")
 
     def time_key(self) -> None:
-        self.studio.seconds[self.change_key() - 1] = float(self.gap.value)
-        self.studio.tell()
+        index, seconds = self.change_key(), float(self.gap.value)
+        self.studio.seconds[index - 1] = seconds
+        self.studio.tell(f"keyframe {index} comes after {seconds:g} s")
 
     def remove_key(self) -> None:
         index = self.change_key()
         del self.studio.keys[index], self.studio.seconds[index - 1]
-        self.studio.tell()
+        self.studio.tell(f"keyframe {index} removed")
 
     def say(self, name: str, event) -> None:
         """A word of this browser's user, for all pages; not one that another page has said."""
@@ -205,20 +219,31 @@ class Page:
 
     def drive(self) -> None:
         """Chunk after chunk to where the viewer looks, while this page is open and asks for it."""
-        try:
-            self.studio.drive(lambda: self.pose if self.open and self.follow.value else None)
-        finally:
+        def end(_) -> None:
             if self.open:
                 self.follow.value = False
 
-    def push(self, verb: str) -> None:
-        """One chunk by a button, from where the film is."""
-        amount = AMOUNTS[verb] * self.speed.value
-        self.studio.submit(lambda: self.studio.drive(lambda: pushed(self.studio.here, verb, amount), 1), film=True)
+        drive = partial(self.studio.drive, lambda: self.pose if self.open and self.follow.value else None)
+        self.studio.submit(drive, film=True).add_done_callback(end)
+
+    def push(self, verb: str, way: int) -> None:
+        """One chunk by a button, from where the film is; the viewer goes along."""
+        amount = way * AMOUNTS[verb] * self.size.value
+
+        def go() -> None:
+            self.studio.drive(lambda: pushed(self.studio.here, verb, amount), 1)
+            place, turn = self.studio.here[:3, 3].numpy(), quaternion(self.studio.here[:3, :3]).numpy()
+            if self.open:
+                with self.client.atomic():
+                    self.client.camera.position, self.client.camera.wxyz = place, turn
+
+        self.studio.submit(go, film=True)
 
     def upload(self, file) -> None:
-        self.studio.stop()
-        self.studio.submit(lambda: self.studio.receive(file.name, file.content))
+        self.studio.receive(file.name, file.content)
+        if self.studio.prompt == sample.DEMO["prompt"]:  # not what this picture shows
+            self.studio.prompt = ""
+            self.studio.tell()
 
     def save(self, kind: str) -> None:
         self.client.send_file_download(f"film.{kind}", self.studio.saved(kind), save_immediately=True)
@@ -246,12 +271,15 @@ def admit(client, studio: Studio, token: str | None, pages: dict[int, Page | Non
         return
     asked = client.gui.add_text("token", "")
     button = client.gui.add_button("enter")
+    answer = client.gui.add_markdown("")
     once = threading.Lock()  # a second click may come before the first one's page is there
 
     def press(event) -> None:
-        if secrets.compare_digest(asked.value.encode(), token.encode()) and once.acquire(blocking=False):
-            asked.remove()
-            button.remove()
+        if not secrets.compare_digest(asked.value.encode(), token.encode()):
+            answer.content = "**error**: this is not the token"
+        elif once.acquire(blocking=False):
+            for widget in (asked, button, answer):
+                widget.remove()
             enter(client, studio, pages)
 
     button.on_click(press)
@@ -275,7 +303,8 @@ def serve(args: argparse.Namespace):
     server.on_client_connect(lambda client: admit(client, studio, args.token, pages))
     server.on_client_disconnect(lambda client: leave(client, pages))
     where = "this machine alone" if args.host in LOCAL else "everybody who reaches this machine, and knows the token"
-    print(f"http://{args.host}:{server.get_port()} for {where}; Ctrl-C ends it")
+    host = f"[{args.host}]" if ":" in args.host else args.host  # an address of IPv6
+    print(f"http://{host}:{server.get_port()} for {where}; Ctrl-C ends it")
     return server, studio, pages
 
 
@@ -300,9 +329,8 @@ def parse(words: list[str]) -> argparse.Namespace:
     if args.image is None and args.video is None:
         if args.depth is not None:
             parser.error("--depth needs the picture that it is of: --image")
-        vars(args).update(image=sample.DEMO["image"], depth=sample.DEMO["depth"],
-                          prompt=args.prompt or sample.DEMO["prompt"])
-    return argparse.Namespace(**{**vars(args), "poses": None, **vars(mine)})
+        vars(args).update({**sample.DEMO, "prompt": args.prompt or sample.DEMO["prompt"]})
+    return argparse.Namespace(**{**vars(args), **vars(mine)})
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -21,9 +22,11 @@ from files.media import read_rate
 from files.video import write_video
 from geometry.camera import motion, move_path
 from geometry.flight import pushed
+from geometry.paths import load_path
 from helios.load import encode_prompts
 from helios.stream import load_streamed
 from helios.text import UMT5Encoder
+from sample import DEMO
 from sample import main as sample_main
 from studio import Studio
 from wah import stage_steps
@@ -153,10 +156,49 @@ def test_stop_counts_while_a_film_gets_ready(studio):
     assert not studio.frames
 
 
+def test_a_preview_is_told_and_can_be_stopped(studio):
+    studio.keys.append(pose(1, 0, 1, 10, 0, 0))
+    studio.seconds.append(4.0)
+    told = []
+    studio.changed.append(lambda: told.append((studio.message, studio.progress)))
+    studio.replace_film(studio.preview)
+    wait(studio)
+    assert [message for message, _ in told] == [
+        "rendering the path ...", "rendering the path: 33 of 65 frames", "rendering the path: 65 of 65 frames",
+        *["preview: the warp of 65 frames"] * 2]
+    assert [progress for _, progress in told] == [0, 33 / 65, 1, 1, 0]
+    studio.changed.append(lambda: studio.stop() if "33 of 65" in studio.message else None)
+    studio.replace_film(studio.preview)
+    wait(studio)
+    assert len(studio.frames) == len(studio.path) == 33 and studio.message == "preview: the warp of 33 frames"
+
+
+@pytest.mark.parametrize("kind", ["preview", "generate"])
+def test_a_film_under_way_is_not_replaced(studio, kind):
+    """Unless it was stopped: then the next one begins after its chunk."""
+    studio.keys.append(pose(1, 0, 1, 10, 0, 0))
+    studio.seconds.append(0.5)
+    kept = []
+
+    def target() -> torch.Tensor:
+        with pytest.raises(ValueError, match="a film is under way"):
+            studio.replace_film(getattr(studio, kind))
+        kept.append(len(studio.frames))
+        if len(kept) == 2:
+            studio.stop()
+            studio.replace_film(getattr(studio, kind))
+        return pose(0, 0, len(kept), 0, 0, 0)
+
+    studio.submit(lambda: studio.submit(lambda: studio.drive(target, chunks=3), film=True))  # known before it begins
+    for _ in range(3):
+        wait(studio)
+    assert kept == [0, 33] and len(studio.frames) == 9
+
+
 def test_another_picture_forgets_the_world(studio):
     studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
     Image.new("RGB", (128, 64), "teal").save("teal.png")
-    studio.submit(lambda: studio.open(Path("teal.png")))
+    studio.submit(lambda: studio.open(studio.check(Path("teal.png"))))
     wait(studio)
     assert not studio.frames and len(studio.keys) == 1 and torch.equal(studio.here, torch.eye(4))
     assert abs(studio.picture.astype(int) - [0, 128, 128]).max() < 3
@@ -165,17 +207,40 @@ def test_another_picture_forgets_the_world(studio):
 def test_a_picture_that_was_sent_can_be_filmed(studio):
     Path("teal.webp").touch()
     Image.new("RGB", (128, 64), "teal").save("teal.webp")
-    studio.submit(lambda: studio.receive("mine.webp", Path("teal.webp").read_bytes()))
+    studio.receive("mine.webp", Path("teal.webp").read_bytes())
     studio.submit(lambda: studio.drive(lambda: pushed(studio.here, "up", 1.0), chunks=1))
     wait(studio)
     assert len(studio.frames) == 33 and abs(studio.picture.astype(int) - [0, 128, 128]).max() < 3
-    for content, said in ((b"no picture", "bad.png: not a"), (bytes(51 * 2**20), "bytes, expected at most")):
-        studio.submit(lambda content=content: studio.receive("bad.png", content))
-        wait(studio)
-        assert said in studio.message and len(studio.frames) == 33
-    studio.submit(lambda: studio.receive("again.png", Path("image.png").read_bytes()))
+    for name in ("again.png", "more.png"):
+        studio.receive(name, Path("image.png").read_bytes())
     wait(studio)
-    assert len([*Path(studio.folder.name).iterdir()]) == 1 and studio.message.startswith("again.png")
+    assert len([*Path(studio.folder.name).iterdir()]) == 1 and studio.message.startswith("more.png")
+
+
+@pytest.mark.parametrize("content, said", [(b"no picture", "bad.png: not a"), (bytes(51 * 2**20), "expected at most")])
+def test_a_bad_upload_does_not_end_the_film(studio, content, said):
+    sent = []
+
+    def target() -> torch.Tensor:
+        with pytest.raises(ValueError, match=said):
+            studio.receive("bad.png", content)
+        sent.append(studio.stopping.is_set())
+        return pose(0, 0, len(sent), 0, 0, 0)
+
+    studio.submit(lambda: studio.drive(target, chunks=2), film=True)
+    wait(studio)
+    assert sent == [False, False] and len(studio.frames) == 66 and not [*Path(studio.folder.name).iterdir()]
+
+
+def test_a_good_upload_ends_the_film(studio):
+    def target() -> torch.Tensor:
+        studio.receive("mine.png", Path("image.png").read_bytes())
+        return pose(0, 0, 1, 0, 0, 0)
+
+    studio.submit(lambda: studio.drive(target), film=True)
+    wait(studio)
+    wait(studio)
+    assert studio.message == "mine.png is the picture now" and not studio.frames
 
 
 @pytest.mark.parametrize("shown, words", [
@@ -187,7 +252,7 @@ def test_settings_of_the_first_picture_do_not_refuse_another_one(page_words, sho
     page_words[page_words.index("--image"):page_words.index("--prompt")] = shown
     studio = Studio(view.parse([*page_words, *words, "fov=70"]))
     K = studio.geometry.K
-    studio.submit(lambda: studio.receive("mine.png", Path("image.png").read_bytes()))
+    studio.receive("mine.png", Path("image.png").read_bytes())
     wait(studio)
     assert studio.message == "mine.png is the picture now" and torch.equal(studio.geometry.K, K)
 
@@ -274,12 +339,13 @@ def test_the_worker_uses_the_device_that_is_named(page_words, monkeypatch):
 
 
 def test_errors_are_said_and_the_studio_lives_on(studio):
-    Path("bad.png").write_text("no picture")
     before = studio.picture.copy()
-    studio.submit(lambda: studio.open(Path("bad.png")))
+    studio.submit(lambda: studio.open(studio.check(Path("none.png"))))
+    wait(studio)
+    assert "none.png" in studio.message and (studio.picture == before).all()
     studio.submit(studio.generate)  # one keyframe is no path
     wait(studio)
-    assert "error" in studio.message and "keyframes" in studio.message and (studio.picture == before).all()
+    assert "error" in studio.message and "add a keyframe first" in studio.message
     with pytest.raises(ValueError, match="nothing has been filmed"):
         studio.saved("mp4")
     studio.keys.append(pose(0, 0, 1, 0, 0, 0))
@@ -324,15 +390,88 @@ def test_a_browser_that_leaves(studio, early):
     assert studio.changed == [] and pages == {3: None}
 
 
-def test_a_double_click_makes_one_page(studio):
+def test_a_token_is_asked_for(studio):
+    """A wrong one is said to be wrong; a double click makes one page."""
     client, pages = MagicMock(client_id=3), {}
     view.admit(client, studio, "sesame", pages)
-    client.gui.add_text.return_value.value = "sesame"
+    asked, answer = client.gui.add_text.return_value, client.gui.add_markdown.return_value
     (press,), _ = client.gui.add_button.return_value.on_click.call_args
+    asked.value = "sesam"
+    press(None)
+    assert "not the token" in answer.content and not pages
+    asked.value = "sesame"
     for _ in range(2):
         press(None)
     view.leave(client, pages)
     assert client.gui.add_tab_group.call_count == 1 and studio.changed == []
+
+
+@pytest.fixture
+def page(studio):
+    """A page whose browser holds still: its widgets keep what they are given, and its camera stands in the picture."""
+    client = MagicMock(client_id=3)
+    client.gui.add_dropdown.side_effect = lambda label, options, **_: MagicMock(options=options, value=options[0])
+    client.gui.add_number.side_effect = lambda label, value, **_: MagicMock(value=value)
+    client.gui.add_slider.side_effect = lambda label, least, most, step, value, **_: MagicMock(value=value)
+    client.camera.position, client.camera.wxyz = np.zeros(3), np.array([1.0, 0, 0, 0])
+    made = view.Page(client, studio)
+    yield made
+    made.close()
+
+
+def test_keyframes_are_told(page, studio):
+    """So that an error does not stay, and with the seconds of the one that is chosen."""
+    page.attempt(page.move_key)
+    assert studio.message.startswith("**error**: the first keyframe")
+    for seconds in (2.0, 3.0):
+        page.gap.value = seconds
+        page.attempt(page.add_key)
+    assert studio.message == "keyframe 2 added" and page.keys.options[2] == "2: after 3 s"
+    page.keys.value = page.keys.options[1]
+    page.choose_key()
+    assert page.gap.value == 2
+    page.gap.value = 4.5
+    for change, said in ((page.move_key, "keyframe 1 moved here"), (page.time_key, "keyframe 1 comes after 4.5 s"),
+                         (page.remove_key, "keyframe 1 removed")):
+        page.attempt(change)
+        assert studio.message == said
+    assert studio.seconds == [3.0] and len(studio.keys) == 2
+
+
+def test_a_button_takes_the_viewer_along(page, studio):
+    """Each goes the way that it says: y points down, and z is where the camera looks."""
+    pressed = {name: step for row in view.STEPS for name, step in row.items()}
+    for name, axis, way in (("rise", 1, -1), ("sink", 1, 1), ("left", 0, -1), ("right", 0, 1)):
+        page.push(*pressed[name])
+        wait(studio)
+        moved = studio.path[-1, :3, 3] - studio.path[-33, :3, 3]
+        assert moved.abs().argmax() == axis and moved[axis] * way > 0.9
+        np.testing.assert_allclose(page.client.camera.position, studio.here[:3, 3], atol=1e-6)
+    for name, column, axis, way in (("turn left", 2, 0, -1), ("turn right", 2, 0, 1), ("look up", 2, 1, -1),
+                                    ("look down", 2, 1, 1), ("roll left", 0, 1, -1), ("roll right", 0, 1, 1)):
+        studio.rewind()
+        page.push(*pressed[name])
+        wait(studio)
+        assert studio.here[axis, column] * way == pytest.approx(np.sin(np.radians(10)), abs=1e-4)
+        torch.testing.assert_close(page.pose, studio.here, atol=1e-5, rtol=0)
+
+
+def test_stop_ends_following_that_waits(page, studio):
+    page.follow.value = True
+    studio.submit(lambda: (page.drive(), studio.stop()))
+    wait(studio)
+    wait(studio)
+    assert page.follow.value is False and not studio.frames
+
+
+def test_an_upload_takes_the_demos_prompt_away(page, studio):
+    """The user's own words stay."""
+    file = SimpleNamespace(name="mine.png", content=Path("image.png").read_bytes())
+    for before, after in (("a car", "a car"), (DEMO["prompt"], "")):
+        studio.prompt = before
+        page.upload(file)
+        wait(studio)
+        assert studio.prompt == after
 
 
 @pytest.mark.parametrize("words, said", [
@@ -357,3 +496,33 @@ def test_bad_words(capsys, page_words, words, said):
 
 def test_the_demo_keeps_the_users_words(page_words):
     assert view.parse(["--prompt", "a car"]).prompt == "a car" and "square" in view.parse([]).prompt
+
+
+def test_the_demo_has_its_own_lens(page_words):
+    """The saved path says it too; a picture that is sent has another one, and the user's counts before all."""
+    def degrees(studio: Studio) -> float:
+        return 2 * np.degrees(np.arctan(studio.geometry.depth.shape[1] / 2 / studio.geometry.K[0, 0].item()))
+
+    at = page_words.index("--image")
+    words = page_words[:at] + page_words[page_words.index("--prompt"):]
+    studio, expected = Studio(view.parse(words)), load_path(DEMO["poses"]).fov_x
+    assert degrees(studio) == pytest.approx(expected, abs=1e-3)
+    studio.keys.append(pose(0, 0, 1, 0, 0, 0))
+    studio.seconds.append(0.5)
+    Path("path.json").write_bytes(studio.saved("json"))
+    assert load_path("path.json").fov_x == pytest.approx(expected)
+    studio.receive("mine.png", Path("image.png").read_bytes())
+    wait(studio)
+    assert degrees(studio) == pytest.approx(55, abs=1e-3) and studio.fov is None
+    assert degrees(Studio(view.parse([*words, "fov=70"]))) == pytest.approx(70, abs=1e-3)
+
+
+def test_the_address_can_be_opened(page_words, monkeypatch, capsys):
+    """One of IPv6 takes brackets."""
+    viser = pytest.importorskip("viser")
+    monkeypatch.setattr(viser, "ViserServer", MagicMock())
+    viser.ViserServer.return_value.get_port.return_value = 8080
+    monkeypatch.setattr("socket.create_server", MagicMock())
+    for host, shown in (("::1", "http://[::1]:8080 "), ("127.0.0.1", "http://127.0.0.1:8080 ")):
+        view.serve(view.parse(["--host", host, *page_words]))
+        assert shown in capsys.readouterr().out

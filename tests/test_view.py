@@ -131,6 +131,27 @@ def test_the_drive_follows_the_viewer(browser, served):
     studio.worker.submit(lambda: None).result(timeout=60)
 
 
+def test_a_button_takes_the_viewer_along(browser, served):
+    """So following begins where the film is, with a roll too."""
+    address, studio = served()
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(address)
+    press(page, "Drive")
+    page.wait_for_timeout(2000)
+    for count, name in enumerate(("rise", "rise", "roll left", "turn right"), 1):
+        press(page, name)
+        wait_for_frames(page, studio, 33 * count)
+    page.wait_for_timeout(1000)
+    page.get_by_role("checkbox").first.check()
+    wait_for_frames(page, studio, 165)
+    press(page, "stop")
+    studio.worker.submit(lambda: None).result(timeout=60)
+    there, followed = studio.path[131], studio.path[-1]
+    assert there[1, 3] < -1.5 and there[1, 0] < -0.1  # it rose, and rolled to the left
+    assert (followed - there).abs().max() < 0.06 and len(studio.frames) < 200
+    page.close()
+
+
 def test_a_second_browser_sees_the_same_and_a_token_is_asked_for(browser, served):
     address, _ = served("--token", "sesame")
     first, second = (browser.new_page() for _ in range(2))
@@ -139,8 +160,8 @@ def test_a_second_browser_sees_the_same_and_a_token_is_asked_for(browser, served
         page.get_by_text("enter", exact=True).first.wait_for(timeout=60000)
         assert page.get_by_text("generate", exact=True).count() == 0
     press(first, "enter")
-    first.wait_for_timeout(1000)
-    assert first.get_by_text("generate", exact=True).count() == 0  # a wrong word
+    first.get_by_text("this is not the token", exact=False).wait_for(timeout=20000)
+    assert first.get_by_text("generate", exact=True).count() == 0
     for page in (first, second):
         page.locator("input:visible").first.fill("sesame")
         page.wait_for_timeout(500)
