@@ -7,7 +7,6 @@ the first's.
 """
 
 import argparse
-import json
 import tempfile
 import threading
 import time
@@ -86,9 +85,10 @@ class Studio:
         frames = 2 * WINDOW if words.video is None else job.count_frames(words.video, None)
         file, pi3x = job.open_pi3x(words, settings, frames)
         fov = None if words.poses is None else load_path(words.poses).fov_x
-        still = CameraPath(torch.eye(4).repeat(2, 1, 1), **({} if fov is None else square_lens(fov)))
+        lens = {} if fov is None else square_lens(fov)
+        still = CameraPath(torch.eye(4).repeat(2, 1, 1), **lens)
         self.first = job.start_path(words, settings, self.size, still, file, pi3x, frames)
-        self.words, self.fov, self.fresh = words, fov, self.camera.state()  # fov: that of a path file, or none
+        self.words, self.lens, self.fresh = words, lens, self.camera.state()  # lens: that of a path file, if any
         self.worlds += 1  # so that pages notice
         self.rewind()
 
@@ -283,8 +283,7 @@ class Studio:
         """The film as "mp4", its path as "json" (which sample.py reads), the picture's points as "ply"."""
         if kind == "json":
             path = self.path if len(self.path) else self.planned()
-            words = json.loads(path_json(CameraPath(path, self.fps, self.settings.unit or "depth")))
-            return json.dumps(words | ({} if self.fov is None else {"fov_x": self.fov})).encode()
+            return path_json(CameraPath(path, self.fps, self.settings.unit or "depth", **self.lens)).encode()
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"film.{kind}"
             if kind == "ply":

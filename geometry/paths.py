@@ -204,8 +204,9 @@ def read(file: Path) -> Recording:
 
 
 def path_json(path: CameraPath) -> str:
-    """Poses, rate and unit of a path, as `load_path` reads them."""
-    return json.dumps({"c2w": path.c2w.tolist(), "unit": path.unit} | ({"fps": path.fps} if path.fps else {}))
+    """Poses, unit, rate and field of view of a path, as `load_path` reads them."""
+    words = {"c2w": path.c2w.tolist(), "unit": path.unit, "fps": path.fps, "fov_x": path.fov_x}
+    return json.dumps({name: word for name, word in words.items() if word})
 
 
 def load_path(file: str | Path, fill: bool = True) -> CameraPath:

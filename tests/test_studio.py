@@ -513,7 +513,7 @@ def test_the_demo_has_its_own_lens(page_words):
     assert load_path("path.json").fov_x == pytest.approx(expected)
     studio.receive("mine.png", Path("image.png").read_bytes())
     wait(studio)
-    assert degrees(studio) == pytest.approx(55, abs=1e-3) and studio.fov is None
+    assert degrees(studio) == pytest.approx(55, abs=1e-3) and not studio.lens
     assert degrees(Studio(view.parse([*words, "fov=70"]))) == pytest.approx(70, abs=1e-3)
 
 
