@@ -148,7 +148,7 @@ def test_a_button_takes_the_viewer_along(browser, served):
     studio.worker.submit(lambda: None).result(timeout=60)
     there, followed = studio.path[131], studio.path[-1]
     assert there[1, 3] < -1.5 and there[1, 0] < -0.1  # it rose, and rolled to the left
-    assert (followed - there).abs().max() < 0.06 and len(studio.frames) < 200
+    assert (followed - there).abs().max() < 0.06
     page.close()
 
 
