@@ -54,7 +54,7 @@ class Choices:
     future: float = 0.5  # share of later chunks that also have keyframes from among the target's frames
     future_count: tuple[int, int] = (1, 2)  # of those: at least, at most
     forms: int = 1  # of every clip, up to 12: also mirrored and with its colours exchanged. Officially it is 1
-    warp_fill: str = "mean"  # of what a warp does not show, as in sampling; the weights' own if they name one
+    warp_fill: str = "mean"  # of what a warp does not show; where sampling fills it, mean keeps this from being copied
     atlas: bool = True  # also a first chunk's holes show the far background. Kept for parity: in sampling they don't
 
 

@@ -285,8 +285,8 @@ class Job:
 
 
 def read_recipe(index: ModelIndex, settings: list[str]) -> Recipe:
-    """The official recipe, over it the weights' own, with the holes that sampling will show, over both `settings`."""
-    return parse_settings([*index.train, *settings], Recipe(warp_fill=index.warp_fill))
+    """The official recipe, over it the weights' own, and over both the `settings`."""
+    return parse_settings([*index.train, *settings], Recipe())
 
 
 def check(args: argparse.Namespace) -> Job:
