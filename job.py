@@ -217,7 +217,6 @@ def check_settings(args: argparse.Namespace, settings: Settings, path: bool) -> 
                 "image_sigma": (settings.image_noise or args.video is not None and not path and settings.video_noise,
                                 "image_noise=true, or a clip that is continued"),
                 "relative": (path and args.video is not None, "--video and a camera path: --poses or --move"),
-                "prompt_blend": ("|" in args.prompt, "a prompt for each chunk, with | between"),
                 "zero_star": (settings.guidance > 1, "guidance above 1"),
                 "zero_steps": (settings.guidance > 1 and settings.zero_star, "guidance above 1 and zero_star=true"),
                 "amplify_first_chunk": (load_schedule(args.weights).sampler == "dmd", "the dmd sampler"),

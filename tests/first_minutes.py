@@ -4,7 +4,8 @@
 
 Ceilings first (copies inside the card, products of matrices), then calls of the transformer, warps and chunks, VAE,
 Pi3X, a training step, fp8 and compiled calls. Memory is what a call takes beyond what was held; a row of a chunk or of
-the training also has the peak, and what the counted table says of it (files/machine.py). On a CPU the same lines run at any small size, which proves them and no more.
+the training also has the peak, and what the counted table says of it (files/machine.py). On a CPU the same lines run at
+any small size, which proves them and no more.
 """
 
 from collections.abc import Callable, Iterator

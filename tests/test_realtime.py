@@ -109,6 +109,16 @@ def test_tokens_and_work_of_the_golden_model(models, prompts):
     assert [round(row[3], 3) for row in official + realtime] == [0.616, 0.311, 0.129, 0.13]
 
 
+def test_random_draws_are_the_same_in_both_bands(models, prompts):
+    image, states = fit_image(Image.fromarray(INPUTS["image"]), SIZE), []
+    for band in ("short", "mid"):
+        generator = torch.Generator().manual_seed(0)
+        rollout = Rollout(models, prompts, SIZE, generator, image, options=settings("steps=1,1,1", f"warp_band={band}"))
+        rollout.next(warp=make_warp(INPUTS["warp"][:WINDOW], None, SIZE))
+        states.append(generator.get_state())
+    assert torch.equal(*states)
+
+
 def test_a_pair_must_not_mix_past_and_warp():
     with pytest.raises(ValueError, match="even number of mid frames"):
         Options(warp_band="mid", previous=(16, 1, 1))

@@ -50,7 +50,6 @@ def test_settings_that_would_do_nothing_are_refused(capsys, place, name, value):
 
 @pytest.mark.parametrize("setting, needs", [
     ("zero_star=true", "guidance above 1"), ("zero_steps=2", "guidance above 1 and zero_star=true"),
-    ("prompt_blend=3", "a prompt for each chunk"),
 ])
 def test_settings_without_what_they_work_on_are_refused(capsys, place, setting, needs):
     refused(capsys, place, ["--set", setting], f"--set {setting.partition('=')[0]}: needs {needs}")

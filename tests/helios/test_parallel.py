@@ -33,7 +33,7 @@ from helios.load import embed_prompts, encode_each, load_models, load_network
 from helios.lora import Lora
 from helios.parallel import TokenShare, WeightShare
 from helios.team import SPLITS, Led, Team, ranks
-from helios.text import UMT5Encoder
+from helios.text import UMT5Config, UMT5Encoder
 from model import Band, Helios, HeliosConfig, History
 from render import Warp
 from train import Recipe, Trainer, build_history
@@ -276,6 +276,22 @@ def test_what_cannot_be_divided_is_refused_before_the_others_try(team, weights, 
 
 
 # --------------------------------------------------------------------------------------------------- without processes
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_weights_of_each_process_at_full_size(size):
+    """The released shapes can be divided so, and docs/parallel.md says what each process holds."""
+    found = []
+    for kind, config in ((Helios, HeliosConfig()), (UMT5Encoder, UMT5Config())):
+        with torch.device("meta"):
+            module = kind(config)
+        WeightShare(0, size, None).divide(module)
+        held = sum(each.numel() * checkpoint.kept_dtype(module, name, torch.bfloat16).itemsize
+                   for name, each in module.named_parameters())
+        found.append(f"{held / 2**30:.1f}")
+    page = (Path(__file__).parents[2] / "docs" / "parallel.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith(f"| {size} |")]
+    assert found == [rows[0][1], rows[0][3]]
 
 
 @pytest.mark.parametrize("kind, part", [(Helios, "transformer"), (UMT5Encoder, "text_encoder")])
