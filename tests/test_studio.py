@@ -498,6 +498,14 @@ def test_the_demo_keeps_the_users_words(page_words):
     assert view.parse(["--prompt", "a car"]).prompt == "a car" and "square" in view.parse([]).prompt
 
 
+def test_the_saved_path_has_the_unit_of_the_words(page_words):
+    studio = Studio(view.parse([*page_words, "unit=0.5depth"]))
+    studio.keys.append(pose(0, 0, 1, 0, 0, 0))
+    studio.seconds.append(0.5)
+    Path("path.json").write_bytes(studio.saved("json"))
+    assert load_path("path.json").unit == "0.5depth"
+
+
 def test_the_demo_has_its_own_lens(page_words):
     """The saved path says it too; a picture that is sent has another one, and the user's counts before all."""
     def degrees(studio: Studio) -> float:
